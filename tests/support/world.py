@@ -1,0 +1,197 @@
+"""A small simulated world around the real Ledger: source RAM, dirty log, FIFO streams that race, destination.
+
+Nothing in it knows the ledger's rules. At the end it compares what the guest holds with what arrived, for
+every page whose content matters *to the guest*: never from a bitmap of the ledger.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from migd.ledger.ledger import Ledger
+from migd.ram.bitmap import PageBitmap
+from migd.ram.contract import FreeContract
+
+ZERO = 0
+BARRIER = "barrier"
+
+
+@dataclass
+class Batch:
+    """Pages a stream has picked, and what it has read of them."""
+
+    stream: int
+    pages: list[int]
+    free: bool = False
+    read: dict[int, int] = field(default_factory=dict)
+
+
+class World:
+    """One guest and one migration after another. The content of a page is a number, each write a new one."""
+
+    def __init__(
+        self,
+        ledger: type[Ledger[Any]] = Ledger,
+        *,
+        pages: int = 4,
+        contract: FreeContract = FreeContract.ANYTHING,
+        free: set[int] | None = None,
+        sets: Any = PageBitmap,
+        seed: int = 0,
+    ) -> None:
+        self.pages, self.contract, self.sets = pages, contract, sets
+        self.ledger = ledger(pages, sets)
+        self.allocated = set(range(pages)) - (free or set())
+        self._last = 1000
+        self.source = [1 + page for page in range(pages)]
+        if contract is FreeContract.ZERO:
+            self.source = [self.source[page] if page in self.allocated else ZERO for page in range(pages)]
+        self.kernel: set[int] = set()
+        self.armed = False
+        self.requests: deque[int] = deque()
+        self.streams: list[deque[tuple[int, int] | str]] = [deque(), deque()]
+        self.destination = [ZERO] * pages
+        self.chance = random.Random(seed)
+
+    def set(self, *pages: int) -> Any:
+        return self.sets.of(self.pages, pages)
+
+    # -- the guest ------------------------------------------------------------------------------------
+
+    def write(self, *pages: int, content: int | None = None) -> None:
+        """Write to pages, which allocates those that were free."""
+        for page in pages:
+            self._last += 1
+            self.source[page] = self._last if content is None else content
+            self.allocated.add(page)
+            if self.armed:
+                self.kernel.add(page)
+
+    def free(self, *pages: int) -> None:
+        for page in pages:
+            if self.contract is FreeContract.ZERO:
+                self.write(page, content=ZERO)
+            self.allocated.discard(page)
+
+    def answer(self) -> tuple[int, Any]:
+        """The guest reads a request, and only then looks at its free list (R5)."""
+        return self.requests.popleft(), self.set(*set(range(self.pages)) - self.allocated)
+
+    # -- the source daemon -----------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        self.armed = True
+        self.kernel.clear()
+        for stream in self.streams:
+            stream.clear()
+        self.destination = [ZERO] * self.pages
+        self.ledger.arm(self.contract)
+
+    def cancel(self) -> None:
+        self.armed = False
+        self.kernel.clear()
+        self.ledger.cancel()
+
+    def request(self) -> int:
+        epoch = self.ledger.issue()
+        self.requests.append(epoch)
+        return epoch
+
+    def hint(self, answer: tuple[int, Any]) -> int:
+        return self.ledger.hint(*answer)
+
+    def harvest(self) -> int:
+        dirty, self.kernel = self.set(*self.kernel), set()
+        return self.ledger.harvest(dirty)
+
+    def pick(self, stream: int, limit: int = 100) -> Batch:
+        return Batch(stream, _list(self.ledger.pick(limit)))
+
+    def pick_free(self, stream: int, limit: int = 100) -> Batch:
+        return Batch(stream, _list(self.ledger.pick_free(limit)), free=True)
+
+    def read(self, batch: Batch) -> Batch:
+        batch.read = {page: ZERO if batch.free else self.source[page] for page in batch.pages}
+        return batch
+
+    def push(self, batch: Batch) -> None:
+        """The batch's records, to the end of its stream."""
+        stream = self.streams[batch.stream]
+        if batch.free:
+            stream.extend(batch.read.items())
+            self.ledger.freed(self.set(*batch.pages))
+            return
+        zero = self.set(*(page for page, content in batch.read.items() if content == ZERO))
+        data = self.set(*(page for page, content in batch.read.items() if content != ZERO))
+        stream.extend((page, ZERO) for page in _list(self.ledger.zero_records(zero)))
+        self.ledger.zeroed(zero)
+        stream.extend((page, content) for page, content in batch.read.items() if content != ZERO)
+        self.ledger.sent_pages(data)
+
+    def barrier(self) -> None:
+        self.ledger.barrier()
+        for stream in self.streams:
+            stream.append(BARRIER)
+
+    def iterate(self) -> None:
+        """Everything that can be sent in one iteration, over both streams in turn."""
+        turn = 0
+        while batch := self._next(turn % 2):
+            self.push(self.read(batch))
+            turn += 1
+        self.barrier()
+
+    def _next(self, stream: int) -> Batch | None:
+        for pick in (self.pick_free, self.pick):
+            if (batch := pick(stream, 3)).pages:
+                return batch
+        return None
+
+    def finish(self, *, bitmap: bool = True, trim: bool = False) -> set[int]:
+        """Pause, final harvest, final send, END, everything arrives. Returns the pages that are lost."""
+        self.harvest()
+        if bitmap:
+            self.ledger.settle(self.set(*set(range(self.pages)) - self.allocated), trim=trim)
+        else:
+            self.ledger.close_epoch()
+        while self.ledger.to_send or self.ledger.free_pending:
+            self.iterate()
+        self.ledger.finish()
+        self.drain()
+        return self.lost()
+
+    # -- the destination -----------------------------------------------------------------------------------
+
+    def drain(self, first: int | None = None) -> None:
+        """Apply every record. Streams race, ``first`` ahead of the other if given, but meet at barriers."""
+        while any(self.streams):
+            ready = [number for number, stream in enumerate(self.streams) if stream and stream[0] != BARRIER]
+            if not ready:
+                for stream in self.streams:
+                    stream.popleft()
+                continue
+            number = first if first in ready else self.chance.choice(ready)
+            page, content = self.streams[number].popleft()  # type: ignore[misc]
+            self.destination[page] = content  # type: ignore[call-overload]
+
+    def lost(self) -> set[int]:
+        """Pages that are not what the guest expects to find."""
+        wrong = {page for page in self.allocated if self.destination[page] != self.source[page]}
+        if self.contract is FreeContract.ZERO:
+            wrong |= {
+                page
+                for page in range(self.pages)
+                if page not in self.allocated and self.destination[page] != ZERO
+            }
+        return wrong
+
+    def stale(self) -> set[int]:
+        """Pages skipped as free whose old content stayed at the destination after all (R11)."""
+        return {page for page in _list(self.ledger.skipped) if self.destination[page] != ZERO}
+
+
+def _list(pages: Any) -> list[int]:
+    return list(pages) if hasattr(pages, "__iter__") else pages.indices().tolist()
