@@ -1,0 +1,204 @@
+"""SocketHints: the daemon's end of a hint channel. Checks every record (R7); never raises at the session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass, field
+
+from migd.guest import hints
+from migd.guest.hints import Bitmap, End, Hello, HintDecoder, HintFrame, Ranges
+from migd.limits import Limits
+from migd.migration.ports import HintSink
+from migd.ram.bitmap import PageBitmap
+from migd.ram.block import PAGE_BYTES
+from migd.ram.contract import FreeContract
+
+log = logging.getLogger(__name__)
+
+MAX_REJECTED = 1000
+"""Bad records before the channel is closed and everything is sent (R7): a few are noise on a serial port."""
+
+_READ_BYTES = 1 << 14
+"""At a time: zlib may inflate what arrives a thousandfold."""
+
+
+def _flood_bytes(pages: int) -> int:
+    """More than this in one answer is a flood: the worst honest one is a 16-byte range for every 2nd page."""
+    return (4 << 20) + 16 * pages
+
+
+@dataclass
+class _Answer:
+    """The answer to one request as it arrives."""
+
+    epoch: int
+    sink: HintSink
+    expires_s: float
+    seen: PageBitmap
+    received_bytes: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SocketHints:
+    """See ``migd.migration.ports.HintChannel``. Owns the socket until ``close``."""
+
+    def __init__(self, sock: socket.socket, pages: int, limits: Limits) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._pages = pages
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._decoder = HintDecoder()
+        self._hello: asyncio.Future[Hello] = self._loop.create_future()
+        self._answer: _Answer | None = None
+        self._refused = 0
+        self._garbage_seen = 0
+        self.distrusted = False
+        self._open = True
+        self._loop.add_reader(sock, self._readable)
+        self._tell(hints.Greet())
+
+    @property
+    def rejected(self) -> int:
+        """Records refused so far, those included that do not even parse."""
+        return self._refused + self._decoder.rejected_frames
+
+    # -- the session's side -------------------------------------------------------------------------
+
+    async def declare(self, timeout_s: float) -> FreeContract:
+        """The guest's free-page contract (R12); NONE if it declares none in time, or one unknown here."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                hello = await asyncio.shield(self._hello)
+        except (TimeoutError, asyncio.InvalidStateError):
+            return FreeContract.NONE
+        fits = hello.page_bytes == PAGE_BYTES and hello.pages == self._pages
+        if not fits or hello.version != hints.VERSION:
+            log.warning("hints refused: the guest declares %s", hello)
+            return FreeContract.NONE
+        known = hello.contract in list(FreeContract)
+        return FreeContract(hello.contract) if known else FreeContract.NONE
+
+    async def request(self, epoch: int, sink: HintSink) -> None:
+        """Ask; answers reach ``sink`` as they arrive, for ``hint_window_s``."""
+        expires = self._loop.time() + self._limits.hint_window_s
+        self._answer = _Answer(epoch, sink, expires, PageBitmap(self._pages))
+        self._tell(hints.Request(epoch))
+
+    async def answered(self, epoch: int, timeout_s: float) -> bool:
+        """Whether the answer to ``epoch`` is complete, waiting for it at most ``timeout_s``."""
+        answer = self._answer
+        if answer is None or answer.epoch != epoch:
+            return False
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answer.ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def done(self) -> None:
+        """Nobody listens any more (R15); the count of rejected records begins anew with the next request."""
+        if self._answer is not None:
+            self._tell(hints.Done(self._answer.epoch))
+            self._answer = None
+
+    def close(self) -> None:
+        """Give the channel up."""
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+
+    # -- the guest's side ---------------------------------------------------------------------------
+
+    def _tell(self, frame: HintFrame) -> None:
+        """A dozen bytes: if even they do not fit, the guest does not read, and no hints come."""
+        if not self._open:
+            return
+        try:
+            self._sock.send(hints.encode(frame))
+        except OSError as error:
+            log.info("hint channel: %s", error.strerror)
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        answer = self._answer
+        if answer is not None:
+            answer.received_bytes += len(data)
+            if answer.received_bytes > _flood_bytes(self._pages):
+                self._distrust("a flood")
+        for frame in self._decoder.feed(data):
+            self._take(frame)
+        if self._decoder.garbage_bytes > self._garbage_seen:
+            self._garbage_seen = self._decoder.garbage_bytes
+            self._refused += 1
+        if self.rejected > MAX_REJECTED:
+            self._distrust("too many bad records")
+
+    def _take(self, frame: HintFrame) -> None:
+        if isinstance(frame, Hello):
+            if not self._hello.done():
+                self._hello.set_result(frame)
+            return
+        answer = self._answer
+        if answer is None or self.distrusted or self._loop.time() > answer.expires_s:
+            return
+        match frame:
+            case Ranges(epoch, ranges):
+                self._deliver(answer, epoch, self._from_ranges(ranges))
+            case Bitmap(epoch, start, pages, bits):
+                self._deliver(answer, epoch, self._from_bitmap(start, pages, bits))
+            case End(epoch):  # of an earlier one: late, and nothing to hold against the guest
+                if epoch == answer.epoch:
+                    answer.ended.set()
+            case _:
+                self._refused += 1
+
+    def _deliver(self, answer: _Answer, epoch: int, free: PageBitmap) -> None:
+        """To the ledger, which refuses a wrong epoch; a page named twice in one answer is refused here."""
+        answer.received_bytes += free.window_bytes  # what it costs, not what it took to send
+        if epoch == answer.epoch:
+            if not free.isdisjoint(answer.seen):
+                self._refused += 1
+                return
+            answer.seen |= free
+        answer.sink(epoch, free)
+
+    def _from_ranges(self, ranges: tuple[tuple[int, int], ...]) -> PageBitmap:
+        """Byte ranges rounded *inwards* to whole pages (R7)."""
+        free = PageBitmap(self._pages)
+        last_stop = 0
+        for start, length in sorted(ranges):
+            first, stop = -(-start // PAGE_BYTES), (start + length) // PAGE_BYTES
+            if not length or stop > self._pages or first < last_stop:
+                self._refused += 1
+            elif first < stop:
+                free.add_run(first, stop)
+                last_stop = stop
+        return free
+
+    def _from_bitmap(self, start: int, pages: int, bits: bytes) -> PageBitmap:
+        first, rest = divmod(start, PAGE_BYTES)
+        beyond = bits[-1] >> (pages % 8) if pages % 8 else 0
+        if rest or first % 64 or first + pages > self._pages or beyond:
+            self._refused += 1
+            return PageBitmap(self._pages)
+        return PageBitmap.from_bytes(bits, self._pages, first)
+
+    def _distrust(self, why: str) -> None:
+        log.warning("hint channel closed: %s (%d bad records)", why, self.rejected)
+        self.distrusted = True
+        if self._answer is not None:
+            self._answer.ended.set()
+        self.close()

@@ -1,0 +1,192 @@
+"""HostedGuest: one guest as its daemon holds it, the port through which sessions move it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+from dataclasses import dataclass, field
+
+from migd.errors import GuestError, LiveUnsupported
+from migd.guest import control
+from migd.guest.control import GuestState
+from migd.guest.hint_receiver import SocketHints
+from migd.guest.link import GuestLink, RequestRefused
+from migd.ledger.ledger import Ledger
+from migd.limits import Limits
+from migd.migration.ports import DirtyLog, PauseReport, Resumption, SelfCheck
+from migd.ram.bitmap import PageBitmap
+from migd.ram.block import RamLayout
+from migd.ram.dirty_log import ArmedRange, KernelDirtyLog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class HostedGuest:
+    """One guest: its RAM, its page ledger, and its process as far as it is connected.
+
+    Serves a session as ``SourceGuest`` or ``DestinationGuest`` (migd.migration.ports).
+    """
+
+    name: str
+    ram: RamLayout
+    ledger: Ledger[PageBitmap]
+    limits: Limits
+    state: GuestState
+    migration: str = ""
+    """The one it is paused or incoming for, else empty."""
+    process: subprocess.Popen[bytes] | None = None
+    hints: SocketHints | None = None
+    pid: int = 0
+    _pins: set[str] = field(default_factory=set)
+    _link: GuestLink | None = None
+    _attached: asyncio.Event = field(default_factory=asyncio.Event)
+    _gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def link(self) -> GuestLink:
+        if self._link is None:
+            raise GuestError(f"guest {self.name} is not connected")
+        return self._link
+
+    @property
+    def has_attached(self) -> bool:
+        return self._attached.is_set()
+
+    @property
+    def gone(self) -> bool:
+        """Its process has ended, or was given up."""
+        return self._gone.is_set()
+
+    def connect(self, link: GuestLink, hints: SocketHints, pid: int) -> None:
+        """The guest's process has attached."""
+        self._link, self.hints, self.pid = link, hints, pid
+        self._attached.set()
+
+    def disconnect(self) -> None:
+        """The guest's process is gone, or has let go of its daemon; RAM stays with the process."""
+        self._gone.set()
+        if self._link is not None:
+            self._link.close()
+        if self.hints is not None:
+            self.hints.close()
+        self._close_ram()
+
+    def pin(self, migration: str) -> None:
+        """A migration reads or writes RAM: it stays open here until ``unpin``, even if the process ends.
+
+        What is read of RAM after its descriptor is closed would be zeros, and what is written would go to
+        whatever file has that descriptor by then.
+        """
+        self._pins.add(migration)
+
+    def unpin(self, migration: str) -> None:
+        self._pins.discard(migration)
+        self._close_ram()
+
+    def _close_ram(self) -> None:
+        if self._gone.is_set() and not self._pins:
+            self.ram.close()
+
+    # -- SourceGuest --------------------------------------------------------------------------------
+
+    async def arm(self) -> DirtyLog:
+        """The kernel's log of the guest's own mapping. LiveUnsupported where the guest cannot arm it."""
+        try:
+            answer, fds = await self.link.ask(control.Arm(), control.Armed, self.limits.guest_s)
+        except RequestRefused as error:
+            raise LiveUnsupported(str(error)) from error
+        if len(fds) != 1 or len(answer.addresses) != len(self.ram.blocks):
+            control.close_all(fds)
+            raise GuestError(
+                f"guest {self.name} armed {len(answer.addresses)} blocks with {len(fds)} descriptors"
+            )
+        places = zip(answer.addresses, self.ram.blocks, self.ram.first_pages, strict=True)
+        ranges = [ArmedRange(address, block.pages, first) for address, block, first in places]
+        dirty_log = KernelDirtyLog(fds[0], ranges, self.ram.pages)
+        try:
+            await asyncio.to_thread(dirty_log.begin)
+        except BaseException:
+            dirty_log.close()
+            raise
+        return dirty_log
+
+    async def disarm(self) -> None:
+        await self.link.order(control.Disarm(), control.Done, self.limits.guest_s)
+
+    async def pause(self, migration: str) -> PauseReport:
+        """Acknowledged at a safe point, with device state and final free bitmap (R13, R14)."""
+        self.state, self.migration = GuestState.PAUSED, migration
+        _, fds = await self.link.ask(control.Pause(migration=migration), control.Paused, self.limits.guest_s)
+        try:
+            if len(fds) != 2:
+                raise GuestError(f"guest {self.name} paused with {len(fds)} descriptors, not 2")
+            state, bitmap = (control.blob_bytes(fd) for fd in fds)
+            if len(bitmap) != -(-self.ram.pages // 8):
+                raise GuestError(f"guest {self.name}: a free bitmap of {len(bitmap)} bytes at pause")
+            return PauseReport(state, PageBitmap.from_bytes(bitmap, self.ram.pages))
+        except OSError as error:  # no memfd at all: a directory, a socket, a file open for writing only
+            raise GuestError(f"guest {self.name}: its state cannot be read: {error.strerror}") from error
+        finally:
+            control.close_all(fds)
+
+    async def resume(self) -> None:
+        await self.link.order(control.Resume(), control.Running, self.limits.guest_s)
+        self.state, self.migration = GuestState.RUNNING, ""
+
+    async def release(self) -> None:
+        """It runs elsewhere: its process here ends."""
+        if not self._gone.is_set():
+            self.link.tell(control.Quit())
+
+    async def lost(self) -> None:
+        await self._gone.wait()
+
+    # -- DestinationGuest ---------------------------------------------------------------------------
+
+    async def attached(self) -> None:
+        """Returns when the spawned process has attached. GuestError within ``begin_s``."""
+        try:
+            async with asyncio.timeout(self.limits.begin_s):
+                await self._attached.wait()
+        except TimeoutError as error:
+            raise GuestError(
+                f"the process spawned for guest {self.name} did not attach within {self.limits.begin_s:g} s"
+            ) from error
+
+    async def load(self, device_state: bytes) -> None:
+        fd = control.blob_fd(device_state)
+        try:
+            await self.link.order(control.Load(), control.Done, self.limits.guest_s, [fd])
+        finally:
+            os.close(fd)
+
+    async def start(self) -> Resumption:
+        """Idempotent: a guest that runs already answers with the same times."""
+        answer = await self.link.order(control.Start(), control.Running, self.limits.guest_s)
+        self.unpin(self.migration)
+        self.state, self.migration = GuestState.RUNNING, ""
+        return Resumption(answer.stopped_at_ns, answer.resumed_at_ns)
+
+    async def self_check(self) -> SelfCheck:
+        """GuestError if the guest ends before it reports."""
+        try:
+            checked = await asyncio.shield(self.link.checked)
+        except asyncio.CancelledError:
+            if self.link.checked.cancelled():
+                raise GuestError(f"guest {self.name} ended before its self-check") from None
+            raise
+        return SelfCheck(checked.pages, checked.wrong, checked.first_wrong)
+
+    async def discard(self) -> None:
+        """End a process that never ran the guest here: QUIT, and by signal if it does not listen."""
+        try:
+            self.link.tell(control.Quit())
+        except GuestError:
+            log.debug("guest %s: not connected, nothing to tell", self.name)
+        if self.process is not None:
+            self.process.kill()
+        self.disconnect()
+        self.unpin(self.migration)

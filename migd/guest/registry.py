@@ -1,0 +1,308 @@
+"""GuestRegistry: the guests of a daemon, those that attach and those that are spawned for a migration.
+
+A guest process and its daemon are peers: either may die without the other. The guest process holds the RAM
+descriptor, too, so RAM outlives the daemon; after a restart the guest attaches again and hands it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+import struct
+import subprocess
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from migd.errors import GuestError, MigdError, Refused, ResourceError
+from migd.guest import control
+from migd.guest.control import Attach, GuestState
+from migd.guest.hint_receiver import SocketHints
+from migd.guest.hosted import HostedGuest
+from migd.guest.link import GuestLink
+from migd.guest.spawner import Spawner
+from migd.ledger.ledger import Ledger
+from migd.limits import Limits
+from migd.ram.bitmap import PageBitmap
+from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock, RamLayout
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 16
+_ACCEPT_PAUSE_S = 0.1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of guests and RAM blocks: they become parts of file names, and the destination takes no other."""
+_UCRED = struct.Struct("3i")
+
+
+class GuestRegistry:
+    """Listens for guests on a unix socket, spawns incoming ones, and knows them all by name."""
+
+    def __init__(
+        self,
+        socket_path: Path,
+        log_dir: Path,
+        spawn_command: Sequence[str],
+        limits: Limits,
+        returned: Callable[[HostedGuest], Awaitable[None]],
+    ) -> None:
+        """``returned`` is awaited for a guest that comes back paused or incoming after a daemon restart.
+
+        ``spawn_command`` is the argv of an incoming guest, see ``Spawner``.
+        """
+        self._path = socket_path
+        self._spawner = Spawner(spawn_command, socket_path, log_dir)
+        self._limits = limits
+        self._returned = returned
+        self.guests: dict[str, HostedGuest] = {}
+        self._sock = control.new_socket()
+        try:
+            self._path.unlink(missing_ok=True)
+            self._sock.bind(str(self._path))
+            self._path.chmod(0o600)
+            self._sock.listen(_BACKLOG)
+        except OSError as error:
+            self._sock.close()
+            raise ResourceError(f"guest socket {self._path}: {error.strerror or error}") from error
+        self._sock.setblocking(False)
+
+    def get(self, name: str) -> HostedGuest:
+        """MigdError, naming the guests there are, if it is not here."""
+        guest = self.guests.get(name)
+        if guest is None:
+            known = ", ".join(sorted(self.guests)) or "none"
+            raise MigdError(f"no guest {name!r} is attached here (attached: {known})")
+        return guest
+
+    def expect_guests(self) -> None:
+        """Have a process ready for the next incoming guest. ResourceError if none can be started."""
+        try:
+            self._spawner.prepare()
+        except OSError as error:
+            raise ResourceError(f"starting a process for incoming guests: {error}") from error
+
+    async def run(self) -> None:
+        """Accept guests until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    try:
+                        sock, _ = await loop.sock_accept(self._sock)
+                    except OSError as error:  # EMFILE: a later one may work
+                        log.warning("accepting a guest failed: %s", error.strerror)
+                        await asyncio.sleep(_ACCEPT_PAUSE_S)
+                        continue
+                    self._tasks.create_task(self._serve(sock))
+        finally:
+            self._sock.close()
+            self._path.unlink(missing_ok=True)
+            self._spawner.close()
+            for guest in list(self.guests.values()):
+                guest.disconnect()
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One guest process from its ATTACH to its end."""
+        sock.setblocking(False)
+        try:
+            attach, fds = await self._first_packet(sock)
+        except (GuestError, OSError) as error:
+            log.warning("a guest connection was refused: %s", error or "no ATTACH in time")
+            sock.close()
+            return
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+        try:
+            guest, ours = self._admit(attach, fds)
+        except MigdError as error:
+            log.warning("guest %s refused: %s", attach.name, error)
+            control.close_all(fds)
+            with sock, suppress(OSError):  # it may be gone already
+                control.send(sock, control.Declined(reason=str(error)))
+            return
+        await self._keep(guest, attach, sock, ours)
+
+    async def _first_packet(self, sock: socket.socket) -> tuple[Attach, list[int]]:
+        readable = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock, readable.set)
+        try:
+            async with asyncio.timeout(self._limits.hello_s):
+                await readable.wait()
+        finally:
+            loop.remove_reader(sock)
+        packet = control.receive_from_guest(sock)
+        if packet is None:
+            raise GuestError("it closed the connection before ATTACH")
+        attach, fds = packet
+        if not isinstance(attach, Attach):
+            control.close_all(fds)
+            raise GuestError("a guest must begin with ATTACH")
+        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if uid not in (os.getuid(), 0):
+            control.close_all(fds)
+            raise GuestError(f"a guest of user {uid} may not attach here")
+        return attach, fds
+
+    def _admit(self, attach: Attach, fds: list[int]) -> tuple[HostedGuest, bool]:
+        """The guest an ATTACH belongs to, and whether its RAM is new to it. Refused with the reason."""
+        if attach.version != control.VERSION:
+            raise Refused(f"the guest speaks control version {attach.version}, this daemon {control.VERSION}")
+        for name in (attach.name, *(block.name for block in attach.blocks)):
+            if not _NAME.fullmatch(name):
+                raise Refused(f"{name[:80]!r} is no name: letters, digits and . _ -, at most 64 of them")
+        known = self._present(attach.name)
+        if known is not None:
+            expected = known.state is GuestState.INCOMING and known.migration == attach.migration
+            if not expected or known.has_attached:
+                raise Refused(f"a guest named {attach.name!r} is attached already")
+            if fds:
+                raise Refused(
+                    f"guest {attach.name!r} is given its RAM here and brings {len(fds)} descriptors"
+                )
+            return known, True
+        shapes = tuple(BlockShape(block.name, block.pages) for block in attach.blocks)
+        if not fds and attach.state is not GuestState.RUNNING:
+            raise Refused(
+                f"guest {attach.name!r} is {attach.state} and brings no RAM: it belongs to nothing here"
+            )
+        if fds and len(fds) != len(shapes):
+            raise Refused(f"{len(shapes)} RAM blocks and {len(fds)} descriptors")
+        if fds:
+            ram = RamLayout([RamBlock.adopt(shape, fd) for shape, fd in zip(shapes, fds, strict=True)])
+        else:
+            ram = self._new_ram(shapes)
+        return self._add(attach.name, ram, attach.state, attach.migration), not fds
+
+    def _new_ram(self, shapes: tuple[BlockShape, ...]) -> RamLayout:
+        """Fresh zero RAM (R11). ResourceError if the host has not so much memory to give."""
+        if not 0 < len(shapes) < control.MAX_PACKET_FDS:  # one more is the hint socket
+            raise Refused(f"a guest has 1 to {control.MAX_PACKET_FDS - 1} RAM blocks, not {len(shapes)}")
+        wanted = sum(shape.pages for shape in shapes) * PAGE_BYTES
+        free = _available_bytes() - self._promised_bytes()
+        if wanted > free:
+            raise ResourceError(
+                f"{wanted >> 20} MiB of guest RAM wanted, {max(0, free) >> 20} MiB can be given"
+            )
+        blocks: list[RamBlock] = []
+        try:
+            for shape in shapes:
+                blocks.append(RamBlock.create(shape))  # noqa: PERF401  # those made so far must be closed
+        except MigdError:
+            for block in blocks:
+                block.close()
+            raise
+        return RamLayout(blocks)
+
+    def _promised_bytes(self) -> int:
+        """RAM of guests here that they have not touched yet, but may at any time."""
+        return sum(
+            guest.ram.bytes - sum(os.fstat(block.fd).st_blocks * 512 for block in guest.ram.blocks)
+            for guest in self.guests.values()
+            if not guest.gone
+        )
+
+    def _present(self, name: str) -> HostedGuest | None:
+        """The guest of this name, unless it is gone and only its process waits to be reaped."""
+        guest = self.guests.get(name)
+        return None if guest is None or guest.gone else guest
+
+    def _add(self, name: str, ram: RamLayout, state: GuestState, migration: str) -> HostedGuest:
+        # Epochs never repeat for one RAM object (R5), not even after a daemon restart.
+        first_epoch = (int.from_bytes(os.urandom(4), "little") << 32) + 1
+        ledger = Ledger(ram.pages, PageBitmap, first_epoch=first_epoch)
+        guest = HostedGuest(name, ram, ledger, self._limits, state, migration)
+        self.guests[name] = guest
+        return guest
+
+    async def _keep(self, guest: HostedGuest, attach: Attach, sock: socket.socket, new_ram: bool) -> None:
+        """Answer ATTACH, and watch over the connection until the guest closes it."""
+        try:
+            hints = self._welcome(guest, sock, new_ram)
+        except OSError as error:
+            log.warning("guest %s could not be attached: %s", guest.name, error.strerror)
+            sock.close()
+            self._remove(guest)
+            return
+        link = GuestLink(sock, guest.name)
+        guest.connect(link, hints, attach.pid)
+        log.info(
+            "guest %s attached: %s, %d MiB, pid %d", guest.name, guest.state, guest.ram.bytes >> 20, guest.pid
+        )
+        try:
+            if not new_ram and attach.state is not GuestState.RUNNING:
+                await self._returned(guest)
+            await link.gone.wait()
+        finally:
+            log.info("guest %s detached", guest.name)
+            self._remove(guest)
+
+    def _welcome(self, guest: HostedGuest, sock: socket.socket, new_ram: bool) -> SocketHints:
+        """ATTACHED, with RAM if it is new to the guest, and a hint socket. OSError if that fails."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        fds = [block.fd for block in guest.ram.blocks] if new_ram else []
+        blocks = tuple(control.Block(block.name, block.pages) for block in guest.ram.blocks)
+        with theirs:
+            try:
+                control.send(sock, control.Attached(blocks=blocks), [*fds, theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return SocketHints(ours, guest.ram.pages, self._limits)
+
+    def _remove(self, guest: HostedGuest) -> None:
+        if self.guests.get(guest.name) is guest:
+            del self.guests[guest.name]
+        guest.disconnect()
+
+    # -- incoming guests ----------------------------------------------------------------------------
+
+    def create(self, name: str, migration: str, shapes: tuple[BlockShape, ...]) -> HostedGuest:
+        """See ``migd.migration.ports.GuestHost``."""
+        if self._present(name) is not None:
+            raise Refused(f"a guest named {name!r} is here already")
+        guest = self._add(name, self._new_ram(shapes), GuestState.INCOMING, migration)
+        guest.pin(migration)
+        try:
+            guest.process = self._spawner.spawn(name, migration)
+            pidfd = os.pidfd_open(guest.process.pid)
+        except OSError as error:
+            if guest.process is not None:
+                guest.process.kill()
+                guest.process.wait()
+            guest.unpin(migration)
+            self._remove(guest)
+            what = error.filename or "a process"
+            raise ResourceError(f"starting {what} for guest {name}: {error.strerror}") from error
+        self._tasks.create_task(self._watch(guest, guest.process, pidfd))
+        return guest
+
+    async def _watch(self, guest: HostedGuest, process: subprocess.Popen[bytes], pidfd: int) -> None:
+        """A spawned process is reaped when it ends, and missed even if it never attached."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+            process.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            # It outlives its daemon on purpose: no warning from Popen's destructor.
+            process.returncode = process.returncode or 0
+        self._remove(guest)
+
+
+def _available_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError as error:
+        raise ResourceError(f"/proc/meminfo: {error.strerror}") from error
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ResourceError("/proc/meminfo has no MemAvailable")
