@@ -1,0 +1,116 @@
+"""The migration protocol between two daemons, version 1. This module is the specification of its bytes.
+
+One *control connection* carries messages, ``streams`` *data streams* carry pages; all are TCP connections
+to the destination's one port. All numbers are little-endian. Everything on every connection is a frame::
+
+    offset  size  field
+         0     4  magic "MIGD"
+         4     1  framing version, 1
+         5     1  frame type (``FrameType``)
+         6     1  codec of the payload (``Codec``), 0 unless PAGES
+         7     1  zero
+         8     8  sequence: 0, 1, 2, ... on each connection and direction
+        16     4  count: pages described by PAGES, ZERO, FREE; else 0
+        20     4  runs: how many runs the metadata begins with; else 0
+        24     4  metadata bytes, at most MAX_METADATA_BYTES
+        28     4  payload bytes, at most MAX_PAYLOAD_BYTES; 0 unless PAGES
+        32    16  mmh3 x64 128 of bytes 0..31 and the metadata
+        48     -  metadata, then payload
+
+A *run* is (u32 first page, u32 pages); runs ascend and do not touch. A page index counts through all RAM
+blocks in the order of HELLO, never a host address. Metadata of PAGES: the runs, then a 16-byte digest for
+each page (mmh3 x64 128 of its 4096 bytes); so the frame digest covers the content through the page digests,
+and each byte of memory is hashed once on either side. Metadata of ZERO and FREE: the runs. Of STATE: the
+bytes of device state. Of all others: one MessagePack map (``migd.wire.messages``).
+
+::
+
+    source                                            destination
+      HELLO (versions, features)   control  ->
+                                            <-  control   ACCEPT (version, features, limits, token) | REFUSE
+      STREAM (token, index)        N data   ->
+                                            <-  control   BEGIN          every stream is there
+                                            <-  control   PREPARED       so is the guest's process: pause now
+      PAGES ZERO FREE ... BARRIER  N data   ->             streams wait for each other at a BARRIER
+      PING                         control <-> PONG        at any time; PONG counts bytes applied
+      STATE ...                    control  ->             device state, after the guest was paused
+      END (counts, digest)         N data   ->
+      FINISH (size, digest)        control  ->             of the device state
+                                            <-  control   READY          loaded, verified, journalled
+      GO                           control  ->             also first on a new connection, idempotent
+                                            <-  control   STARTED | ABORTED
+      VERDICT                      control  ->             tracking verified: the source lets go
+                                            <-  control   CHECKED        the guest's own check, if it has one
+      ABORT                         either side, before GO; answered by closing
+
+A destination that is asked GO for a migration it does not know journals ABORTED, then answers ABORTED.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, StrEnum
+
+MAGIC = b"MIGD"
+FRAMING_VERSION = 1
+MIN_VERSION = 1
+MAX_VERSION = 1
+
+HEADER = struct.Struct("<4sBBBBQIIII16s")
+HEADER_BYTES = 48
+DIGESTED_HEADER_BYTES = 32
+RUN = struct.Struct("<II")
+
+MAX_PAYLOAD_BYTES = 2 << 20
+MAX_PAGES_PER_FRAME = 512
+"""The same 2 MiB, in pages."""
+MAX_METADATA_BYTES = 1 << 20
+MAX_RUNS_PER_FRAME = 1 << 16
+STATE_CHUNK_BYTES = 1 << 20
+MAX_STREAMS = 64
+TOKEN_BYTES = 16
+
+
+class FrameType(IntEnum):
+    """Frame types; the unknown is refused."""
+
+    HELLO = 1
+    ACCEPT = 2
+    REFUSE = 3
+    STREAM = 4
+    BEGIN = 5
+    PING = 6
+    PONG = 7
+    ABORT = 8
+    PREPARED = 9
+    PAGES = 16
+    ZERO = 17
+    FREE = 18
+    BARRIER = 19
+    END = 20
+    STATE = 32
+    FINISH = 33
+    READY = 34
+    GO = 35
+    STARTED = 36
+    ABORTED = 37
+    VERDICT = 38
+    CHECKED = 39
+
+
+class Codec(IntEnum):
+    """How the payload of a PAGES frame is packed."""
+
+    NONE = 0
+    LZ4 = 1
+    """LZ4 block format; the uncompressed size is ``count`` pages and not repeated."""
+
+
+class Feature(StrEnum):
+    """What a source may offer and a destination accept beyond the version; the unknown is not accepted."""
+
+    LZ4 = "lz4"
+    """PAGES frames with ``Codec.LZ4``."""
+
+
+PAGE_RECORDS = frozenset({FrameType.PAGES, FrameType.ZERO, FrameType.FREE})

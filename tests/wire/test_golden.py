@@ -1,0 +1,401 @@
+"""Golden bytes: every frame type as exact bytes, through the encoder and through the decoder.
+
+Whoever changes a byte of the protocol changes this table, and with it ``FRAMING_VERSION`` or the versions
+that HELLO offers. The table is hexadecimal: the header's fields separated by blanks (magic, framing version,
+type, codec, zero, sequence, count, runs, metadata bytes, payload bytes, digest), then metadata and payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migd.ram.digest import frame_digest
+from migd.wire import messages
+from migd.wire.codec import decompress
+from migd.wire.framing import Frame, FrameDecoder, FrameEncoder
+from migd.wire.messages import BlockInfo, Message
+from migd.wire.protocol import HEADER, MAGIC, Codec, FrameType
+from tests.wire.feeding import Feed
+
+ID = "00112233445566778899aabbccddeeff"
+TOKEN = bytes(range(16))
+PAGE = bytes(range(256)) * 16
+REPEATED_PAGE = b"migd" * 1024
+PACKED_PAGE = bytes.fromhex("4f6d6967640400fffffffffffffffffffffffffffffff350646d696764")
+DIGEST = frame_digest(PAGE)
+REPEATED_DIGEST = frame_digest(REPEATED_PAGE)
+HELLO = messages.Hello(
+    migration=ID,
+    min_version=1,
+    max_version=1,
+    software="migd 0.1.0",
+    guest="vm1",
+    page_bytes=4096,
+    blocks=(BlockInfo("ram", 262144), BlockInfo("rom", 16)),
+    streams=2,
+    features=("lz4",),
+)
+ACCEPT = messages.Accept(
+    migration=ID, version=1, software="migd 0.1.0", token=TOKEN, features=("lz4",), max_frame_pages=512
+)
+
+Encode = Callable[[FrameEncoder], bytes]
+
+
+def say(message: Message) -> Encode:
+    return lambda encoder: encoder.message(message)
+
+
+def runs(kind: FrameType, *which: tuple[int, int]) -> Encode:
+    return lambda encoder: encoder.runs(kind, which)
+
+
+def pages(which: list[tuple[int, int]], digests: bytes, codec: Codec, payload: bytes) -> Encode:
+    return lambda encoder: encoder.pages(which, digests, codec, len(payload)) + payload
+
+
+def third(encode: Encode) -> Encode:
+    """The same frame behind two others of its connection: only its sequence and digest differ."""
+
+    def encode_third(encoder: FrameEncoder) -> bytes:
+        encoder.message(messages.Ready(migration=ID))
+        encoder.message(messages.Ready(migration=ID))
+        return encode(encoder)
+
+    return encode_third
+
+
+GOLDEN: list[tuple[str, Encode, str]] = [
+    (
+        "HELLO",
+        say(HELLO),
+        "4d494744 01 01 00 00 0000000000000000 00000000 00000000 b8000000 00000000 "
+        "8cc68ae4a74cc72759d2ad0310f32925"
+        "89ab6d696e5f76657273696f6e01ab6d61785f76657273696f6e01a8736f667477617265aa6d69676420302e312e30a5"
+        "6775657374a3766d31aa706167655f6279746573cd1000a6626c6f636b739282a46e616d65a372616da57061676573ce"
+        "0004000082a46e616d65a3726f6da5706167657310a773747265616d7302a8666561747572657391a36c7a34a96d6967"
+        "726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "ACCEPT",
+        say(ACCEPT),
+        "4d494744 01 02 00 00 0000000000000000 00000000 00000000 83000000 00000000 "
+        "3266403d98cbf6f8c8c9c689177ecca5"
+        "86a776657273696f6e01a8736f667477617265aa6d69676420302e312e30a5746f6b656ec41000010203040506070809"
+        "0a0b0c0d0e0fa8666561747572657391a36c7a34af6d61785f6672616d655f7061676573cd0200a96d6967726174696f"
+        "6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "REFUSE",
+        say(messages.Refuse(migration=ID, reason="no room")),
+        "4d494744 01 03 00 00 0000000000000000 00000000 00000000 3c000000 00000000 "
+        "126676f0b9e4e281983ceb195bed11a1"
+        "82a6726561736f6ea76e6f20726f6f6da96d6967726174696f6ed9203030313132323333343435353636373738383939"
+        "616162626363646465656666",
+    ),
+    (
+        "STREAM",
+        say(messages.Stream(migration=ID, token=TOKEN, index=1)),
+        "4d494744 01 04 00 00 0000000000000000 00000000 00000000 4c000000 00000000 "
+        "16a702dc5ebf9d531e73cadab8f244df"
+        "83a5746f6b656ec410000102030405060708090a0b0c0d0e0fa5696e64657801a96d6967726174696f6ed92030303131"
+        "32323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "BEGIN",
+        say(messages.Begin(migration=ID)),
+        "4d494744 01 05 00 00 0000000000000000 00000000 00000000 2d000000 00000000 "
+        "6827de803ce4f8f4f6791895263b110b"
+        "81a96d6967726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "PREPARED",
+        say(messages.Prepared(migration=ID)),
+        "4d494744 01 09 00 00 0000000000000000 00000000 00000000 2d000000 00000000 "
+        "f435b1ffb0bbb60f10662f8c1df19732"
+        "81a96d6967726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "PING",
+        say(messages.Ping(migration=ID, nonce=7)),
+        "4d494744 01 06 00 00 0000000000000000 00000000 00000000 34000000 00000000 "
+        "5b50f0f6cef90210a77c252da8d9fa0d"
+        "82a56e6f6e636507a96d6967726174696f6ed92030303131323233333434353536363737383839396161626263636464"
+        "65656666",
+    ),
+    (
+        "PONG",
+        say(messages.Pong(migration=ID, nonce=7, applied_bytes=1 << 33)),
+        "4d494744 01 07 00 00 0000000000000000 00000000 00000000 4b000000 00000000 "
+        "d398b39f04083416be931570661c1aee"
+        "83a56e6f6e636507ad6170706c6965645f6279746573cf0000000200000000a96d6967726174696f6ed9203030313132"
+        "323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "ABORT",
+        say(messages.Abort(migration=ID, reason="cancelled")),
+        "4d494744 01 08 00 00 0000000000000000 00000000 00000000 3e000000 00000000 "
+        "6d7e6cbb291c8c81db94517eae398565"
+        "82a6726561736f6ea963616e63656c6c6564a96d6967726174696f6ed920303031313232333334343535363637373838"
+        "3939616162626363646465656666",
+    ),
+    (
+        "PAGES, raw",
+        pages([(5, 6)], DIGEST, Codec.NONE, PAGE),
+        "4d494744 01 10 00 00 0000000000000000 01000000 01000000 18000000 00100000 "
+        "0cf19406d6a85368845c0419a3c12656"
+        "05000000010000007a9564a503a8c4f4bb77bb0fc6986883" + PAGE.hex(),
+    ),
+    (
+        "PAGES, lz4",
+        pages([(5, 6)], REPEATED_DIGEST, Codec.LZ4, PACKED_PAGE),
+        "4d494744 01 10 01 00 0000000000000000 01000000 01000000 18000000 1d000000 "
+        "29b363b6830c1077d5cc76ee1f7c9d48"
+        "05000000010000000bba259a604c226e1c34518ee1b0da514f6d6967640400fffffffffffffffffffffffffffffff350"
+        "646d696764",
+    ),
+    (
+        "PAGES, two runs",
+        pages([(0, 2), (4096, 4097)], DIGEST * 3, Codec.LZ4, PACKED_PAGE),
+        "4d494744 01 10 01 00 0000000000000000 03000000 02000000 40000000 1d000000 "
+        "dfd8140593f483b030ff40a96c731289"
+        "000000000200000000100000010000007a9564a503a8c4f4bb77bb0fc69868837a9564a503a8c4f4bb77bb0fc6986883"
+        "7a9564a503a8c4f4bb77bb0fc69868834f6d6967640400fffffffffffffffffffffffffffffff350646d696764",
+    ),
+    (
+        "ZERO",
+        runs(FrameType.ZERO, (0, 1), (2, 300)),
+        "4d494744 01 11 00 00 0000000000000000 2b010000 02000000 10000000 00000000 "
+        "c291c03bb67540380a563a194f5fbe01"
+        "0000000001000000020000002a010000",
+    ),
+    (
+        "FREE",
+        runs(FrameType.FREE, (0xFFFFFF00, 0xFFFFFFFF)),
+        "4d494744 01 12 00 00 0000000000000000 ff000000 01000000 08000000 00000000 "
+        "0c7442648b163c4814d827b1e0983fcb"
+        "00ffffffff000000",
+    ),
+    (
+        "BARRIER",
+        say(messages.Barrier(migration=ID, iteration=3)),
+        "4d494744 01 13 00 00 0000000000000000 00000000 00000000 38000000 00000000 "
+        "395ce9473d4cc9939ae3d12222cdc477"
+        "82a9697465726174696f6e03a96d6967726174696f6ed920303031313232333334343535363637373838393961616262"
+        "6363646465656666",
+    ),
+    (
+        "END",
+        say(messages.End(migration=ID, frames=4, pages=1000, zero=70000, free=1, digest=DIGEST)),
+        "4d494744 01 14 00 00 0000000000000000 00000000 00000000 67000000 00000000 "
+        "4c0f42450220ecc7ecfa4d27c3ba8225"
+        "86a66672616d657304a57061676573cd03e8a47a65726fce00011170a46672656501a6646967657374c4107a9564a503"
+        "a8c4f4bb77bb0fc6986883a96d6967726174696f6ed92030303131323233333434353536363737383839396161626263"
+        "63646465656666",
+    ),
+    (
+        "STATE",
+        lambda encoder: encoder.state(b"device state"),
+        "4d494744 01 20 00 00 0000000000000000 00000000 00000000 0c000000 00000000 "
+        "29c45b5199b9fefdd193ae7fc4726053"
+        "646576696365207374617465",
+    ),
+    (
+        "STATE, empty",
+        lambda encoder: encoder.state(b""),
+        "4d494744 01 20 00 00 0000000000000000 00000000 00000000 00000000 00000000 "
+        "3323f50e13b0138f3b006e4f3b473325",
+    ),
+    (
+        "FINISH",
+        say(messages.Finish(migration=ID, state_bytes=12, state_digest=DIGEST)),
+        "4d494744 01 21 00 00 0000000000000000 00000000 00000000 59000000 00000000 "
+        "2db4f2359b52075bb0c7e2c4e3e6ce8d"
+        "83ab73746174655f62797465730cac73746174655f646967657374c4107a9564a503a8c4f4bb77bb0fc6986883a96d69"
+        "67726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "READY",
+        say(messages.Ready(migration=ID)),
+        "4d494744 01 22 00 00 0000000000000000 00000000 00000000 2d000000 00000000 "
+        "cfbfaf0d27d6989923339c978900bda4"
+        "81a96d6967726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "GO",
+        say(messages.Go(migration=ID)),
+        "4d494744 01 23 00 00 0000000000000000 00000000 00000000 2d000000 00000000 "
+        "3c6789b1ccc1a6804dba16c886687bf1"
+        "81a96d6967726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "STARTED",
+        say(messages.Started(migration=ID, stopped_at_ns=1_700_000_000_000_000_000, resumed_at_ns=-1)),
+        "4d494744 01 24 00 00 0000000000000000 00000000 00000000 53000000 00000000 "
+        "1e6afd172dfde6d5ceaffeb846f25271"
+        "83ad73746f707065645f61745f6e73cf17979cfe362a0000ad726573756d65645f61745f6e73ffa96d6967726174696f"
+        "6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "ABORTED",
+        say(messages.Aborted(migration=ID, reason="")),
+        "4d494744 01 25 00 00 0000000000000000 00000000 00000000 35000000 00000000 "
+        "2fae6e884b84801d09ecc5ed53ab01dc"
+        "82a6726561736f6ea0a96d6967726174696f6ed920303031313232333334343535363637373838393961616262636364"
+        "6465656666",
+    ),
+    (
+        "VERDICT",
+        say(messages.Verdict(migration=ID, ok=True, detail="0 pages differ")),
+        "4d494744 01 26 00 00 0000000000000000 00000000 00000000 47000000 00000000 "
+        "fb78e18eaf2634c6dd13bdb9ca86bb5f"
+        "83a26f6bc3a664657461696cae3020706167657320646966666572a96d6967726174696f6ed920303031313232333334"
+        "3435353636373738383939616162626363646465656666",
+    ),
+    (
+        "CHECKED",
+        say(messages.Checked(migration=ID, pages=5000, wrong=0, first_wrong=-1)),
+        "4d494744 01 27 00 00 0000000000000000 00000000 00000000 4a000000 00000000 "
+        "7b979437cedc165e4968025050561d81"
+        "84a57061676573cd1388a577726f6e6700ab66697273745f77726f6e67ffa96d6967726174696f6ed920303031313232"
+        "3333343435353636373738383939616162626363646465656666",
+    ),
+    (
+        "GO, third of its connection",
+        third(say(messages.Go(migration=ID))),
+        "4d494744 01 23 00 00 0200000000000000 00000000 00000000 2d000000 00000000 "
+        "0f4309535b520bd63e77dc158e1b3d87"
+        "81a96d6967726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+]
+
+
+TYPES = sorted(FrameType)
+NAMES = [name for name, _, _ in GOLDEN]
+
+
+def frames_of(encode: Encode) -> FrameDecoder:
+    """A decoder that has seen what the encoder of a table's row has sealed before that row's frame."""
+    encoder, decoder = FrameEncoder(), FrameDecoder()
+    encode(encoder)
+    decoder._sequence = encoder._sequence - 1
+    return decoder
+
+
+def same(frame: Frame, data: bytes) -> bool:
+    """Whether a decoded frame is what the bytes say, read off them without the code under test."""
+    _, _, kind, codec, _, _, count, run_count, metadata, payload, digest = HEADER.unpack_from(data)
+    content = data[HEADER.size :]
+    assert len(content) == metadata + payload
+    return (frame.type, frame.codec, frame.count, frame.run_count, frame.digest, frame.metadata) == (
+        kind, codec, count, run_count, digest, content[:metadata],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "encode", "text"), GOLDEN, ids=NAMES)
+def test_golden_bytes_through_encoder_and_decoder_byte_by_byte(name: str, encode: Encode, text: str) -> None:
+    data = bytes.fromhex(text)
+    assert encode(FrameEncoder()).hex() == data.hex()
+
+    feed = Feed(frames_of(encode))
+    for at in range(len(data) - 1):
+        feed.feed(data[at : at + 1])
+        assert feed.frames == []
+        assert not feed.decoder.at_boundary
+    feed.feed(data[-1:])
+    assert feed.decoder.at_boundary
+    (frame,) = feed.frames
+    assert same(frame, data)
+    assert feed.payloads == [data[len(data) - len(feed.payloads[0]) :] if feed.payloads[0] else b""]
+
+
+@pytest.mark.parametrize(("name", "encode", "text"), GOLDEN, ids=NAMES)
+def test_a_decoded_message_is_the_one_that_was_encoded(name: str, encode: Encode, text: str) -> None:
+    (frame,) = Feed(frames_of(encode)).feed(bytes.fromhex(text)).frames
+    if frame.type in (FrameType.PAGES, FrameType.ZERO, FrameType.FREE, FrameType.STATE):
+        assert name.startswith(frame.type.name)
+        return
+    again = FrameEncoder()
+    again._sequence = frame_sequence(text)
+    assert again.message(frame.message()).hex() == bytes.fromhex(text).hex()
+
+
+def frame_sequence(text: str) -> int:
+    return int.from_bytes(bytes.fromhex(text)[8:16], "little")
+
+
+def test_the_page_records_of_the_table_say_which_pages() -> None:
+    decoded = {}
+    for name, encode, text in GOLDEN:
+        (frame,) = Feed(frames_of(encode)).feed(bytes.fromhex(text)).frames
+        if frame.run_count:
+            decoded[name] = (frame.page_runs(1 << 32).tolist(), frame.count)
+    assert decoded == {
+        "PAGES, raw": ([[5, 6]], 1),
+        "PAGES, lz4": ([[5, 6]], 1),
+        "PAGES, two runs": ([[0, 2], [4096, 4097]], 3),
+        "ZERO": ([[0, 1], [2, 300]], 299),
+        "FREE": ([[0xFFFFFF00, 0xFFFFFFFF]], 255),
+    }
+
+
+def test_the_payload_of_the_table_unpacks_to_the_page_whose_digest_it_carries() -> None:
+    text = {name: text for name, _, text in GOLDEN}["PAGES, lz4"]
+    feed = Feed().feed(bytes.fromhex(text))
+    assert decompress(memoryview(feed.payloads[0]), 4096) == REPEATED_PAGE
+    assert feed.frames[0].page_digests().tobytes() == REPEATED_DIGEST
+
+
+def test_every_frame_type_has_golden_bytes() -> None:
+    assert sorted({FrameType(bytes.fromhex(text)[5]) for _, _, text in GOLDEN}) == TYPES
+    assert [(kind.name, int(kind)) for kind in TYPES] == [
+        ("HELLO", 1), ("ACCEPT", 2), ("REFUSE", 3), ("STREAM", 4), ("BEGIN", 5), ("PING", 6), ("PONG", 7),
+        ("ABORT", 8), ("PREPARED", 9), ("PAGES", 16), ("ZERO", 17), ("FREE", 18), ("BARRIER", 19),
+        ("END", 20), ("STATE", 32), ("FINISH", 33), ("READY", 34), ("GO", 35), ("STARTED", 36),
+        ("ABORTED", 37), ("VERDICT", 38), ("CHECKED", 39),
+    ]  # fmt: skip
+    assert [(codec.name, int(codec)) for codec in Codec] == [("NONE", 0), ("LZ4", 1)]
+
+
+def test_the_header_is_laid_out_as_the_specification_says() -> None:
+    text = {name: text for name, _, text in GOLDEN}["PAGES, two runs"]
+    data = bytes.fromhex(text)
+    assert data[0:4] == MAGIC == b"MIGD"
+    assert (data[4], data[5], data[6], data[7]) == (1, FrameType.PAGES, Codec.LZ4, 0)
+    numbers = [int.from_bytes(data[at : at + 4], "little") for at in (16, 20, 24, 28)]
+    assert numbers == [3, 2, 2 * 8 + 3 * 16, len(PACKED_PAGE)]
+    assert data[32:48] == frame_digest(data[:32] + data[48 : 48 + numbers[2]])
+
+
+# -- the whole table as one connection, in any pieces ----------------------------------------------------
+
+
+def stream() -> tuple[bytes, list[str]]:
+    """Every row as one frame of one connection, and which type each is."""
+    encoder = FrameEncoder()
+    rows = [row for row in GOLDEN if not row[0].startswith("GO, third")]
+    return b"".join(encode(encoder) for _, encode, _ in rows), [name.partition(",")[0] for name, _, _ in rows]
+
+
+STREAM, STREAM_TYPES = stream()
+
+
+def test_the_whole_stream_byte_by_byte() -> None:
+    feed = Feed().feed(STREAM, [1] * len(STREAM))
+    assert [frame.type.name for frame in feed.frames] == STREAM_TYPES
+    assert feed.decoder.at_boundary
+
+
+@given(sizes=st.lists(st.integers(1, 5000), max_size=40))
+def test_any_split_of_the_stream_gives_the_same_frames(sizes: list[int]) -> None:
+    whole, split = Feed().feed(STREAM), Feed().feed(STREAM, sizes)
+    assert [frame.type.name for frame in split.frames] == STREAM_TYPES
+    assert [(frame.digest, frame.metadata) for frame in split.frames] == [
+        (frame.digest, frame.metadata) for frame in whole.frames
+    ]
+    assert split.payloads == whole.payloads
+    assert split.decoder.account == whole.decoder.account
