@@ -1,0 +1,120 @@
+"""Reception: routes each new connection by its first frame to a session, a data stream, or a hand-over."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+
+from migd.destination.handover import HandOver
+from migd.destination.session import DestinationServices, DestinationSession
+from migd.errors import MigdError, PeerError, ProtocolError, Refused
+from migd.migration.journal import Mark, Record
+from migd.migration.ports import Conversation, Link
+from migd.migration.state import DestinationState
+from migd.tasks import Runner, guarded
+from migd.wire import handshake, messages
+from migd.wire.framing import Frame
+from migd.wire.protocol import FrameType
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED = 64
+"""Sessions that are over and still shown in `status`, and still answer GO from memory."""
+
+
+class Reception:
+    """All incoming migrations of a daemon, by id."""
+
+    def __init__(
+        self,
+        services: DestinationServices,
+        converse: Callable[[Link, str], Conversation],
+        revive: Callable[[str], Awaitable[HandOver]],
+    ) -> None:
+        """``revive`` rebuilds the hand-over of a migration whose STARTED is journalled, after a restart."""
+        self._services = services
+        self._converse = converse
+        self._revive = revive
+        self.sessions: dict[str, DestinationSession] = {}
+
+    async def serve(self, link: Link, frame: Frame) -> None:
+        """One connection from its first frame to its end. Never raises a MigdError."""
+        try:
+            match frame.type:
+                case FrameType.HELLO:
+                    await self._open(link, frame)
+                case FrameType.STREAM:
+                    await self._join(link, frame)
+                case FrameType.GO:
+                    await self._go(link, frame)
+                case _:
+                    raise ProtocolError(f"a connection cannot begin with {frame.type.name}")
+        except MigdError as error:
+            log.warning("a connection was refused: %s", error)
+
+    async def _open(self, link: Link, frame: Frame) -> None:
+        try:
+            hello = handshake.read_hello(frame)
+            if hello.migration in self.sessions or self._services.journal.last(hello.migration) is not None:
+                raise Refused(f"migration {hello.migration} was here before")
+        except (Refused, ProtocolError) as error:
+            await link.send(messages.Refuse(migration="0" * 32, reason=str(error)[:1000]))
+            raise
+        session = DestinationSession(hello, self._converse(link, hello.migration), self._services)
+        self.sessions[hello.migration] = session
+        await session.run()
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        over = [id for id, session in self.sessions.items() if session.over.is_set()]
+        for id in over[:-_REMEMBERED]:
+            del self.sessions[id]
+
+    async def _join(self, link: Link, frame: Frame) -> None:
+        stream = frame.message()
+        assert isinstance(stream, messages.Stream)
+        session = self.sessions.get(stream.migration)
+        if session is None or not hmac.compare_digest(session.token, stream.token):
+            raise ProtocolError("a data stream with an unknown migration or a wrong token")
+        session.join(stream, link)
+        await session.over.wait()
+
+    async def _go(self, link: Link, frame: Frame) -> None:
+        """GO first: the source lost its connection, or one of us was restarted."""
+        migration = frame.message().migration
+        conversation = self._converse(link, migration)
+        handover = await self._handover(migration)
+        if handover is None:
+            await conversation.send(await self._never_heard_of(migration))
+            return
+        runner = Runner(conversation.run())
+        try:
+            await conversation.send(await handover.answer_go())
+            await guarded(handover.serve(conversation), runner.failure())
+        except PeerError as error:
+            log.info("%s: %s", migration, error)
+        finally:
+            await runner.stop()
+
+    async def _handover(self, migration: str) -> HandOver | None:
+        """The one that decides about this migration, if it got as far as READY."""
+        session = self.sessions.get(migration)
+        if session is not None:
+            if session.handover is None and session.state is not DestinationState.ABORTED:
+                raise ProtocolError(f"GO for {migration} before READY")
+            return session.handover
+        last = self._services.journal.last(migration)
+        if last is not None and last.mark is Mark.STARTED:
+            return await self._revive(migration)
+        return None
+
+    async def _never_heard_of(self, migration: str) -> messages.Aborted:
+        """Durable before it is said: a late GO can never start it (G3)."""
+        last = self._services.journal.last(migration)
+        reason = last.detail if last is not None and last.mark is Mark.ABORTED else ""
+        if not reason:
+            reason = "the destination does not know this migration"
+            record = Record(migration=migration, mark=Mark.ABORTED, detail=reason)
+            await self._services.worker.run(self._services.journal.append, record)
+        return messages.Aborted(migration=migration, reason=reason)

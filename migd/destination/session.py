@@ -1,0 +1,303 @@
+"""DestinationSession: one migration at its destination, from HELLO to the verdict.
+
+Ownership: until READY everything made for the migration (RAM, guest process) goes when it fails; from READY
+on ``HandOver`` decides, and a guest that was started stays, whatever becomes of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from migd.destination.handover import HandOver
+from migd.destination.loader import Loader
+from migd.errors import GuestError, MigdError, PeerError, PeerLost, ProtocolError
+from migd.limits import Limits
+from migd.migration.journal import Journal
+from migd.migration.ports import (
+    Clock,
+    Conversation,
+    DestinationGuest,
+    Entropy,
+    GuestHost,
+    Link,
+    Observer,
+    Worker,
+)
+from migd.migration.state import DestinationState, destination_progress
+from migd.ram.block import PAGE_BYTES, BlockShape
+from migd.ram.digest import frame_digest
+from migd.tasks import Runner, guarded
+from migd.wire import handshake, messages
+from migd.wire.framing import Frame
+from migd.wire.messages import Hello
+from migd.wire.protocol import PAGE_RECORDS, TOKEN_BYTES, FrameType
+
+log = logging.getLogger(__name__)
+
+_STATE_FLOOR_BYTES = 64 << 20
+_STATE_RAM_SHARE = 128
+"""Device state may have 64 MiB plus 1/128 of RAM: the stub's journal has 16 bytes a page, 1/256."""
+
+_FAREWELL_S = 1.0
+
+_SHUTDOWN = MigdError("the destination daemon is shutting down")
+
+
+@dataclass(frozen=True)
+class DestinationServices:
+    """What the daemon plugs in."""
+
+    clock: Clock
+    worker: Worker
+    entropy: Entropy
+    journal: Journal
+    limits: Limits
+    guests: GuestHost
+    observer: Observer
+    max_streams: int
+
+
+class DestinationSession:
+    """Receives one guest. ``run`` once; data streams join by ``join``."""
+
+    def __init__(self, hello: Hello, conversation: Conversation, services: DestinationServices) -> None:
+        self.hello = hello
+        self.migration = hello.migration
+        self.token = services.entropy.token(TOKEN_BYTES)
+        self._conversation = conversation
+        self._services = services
+        self._limits = services.limits
+        self._progress = destination_progress()
+        self._links: dict[int, Link] = {}
+        self._joined = asyncio.Event()
+        self._barrier = asyncio.Barrier(hello.streams)
+        self._guest: DestinationGuest | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.handover: HandOver | None = None
+        self.over = asyncio.Event()
+        self.error = ""
+
+    @property
+    def state(self) -> DestinationState:
+        return self._progress.state
+
+    @property
+    def path(self) -> list[DestinationState]:
+        return self._progress.path
+
+    def balance_pages(self) -> tuple[int, int]:
+        """(pages settled by records so far, or all once the guest was started; all pages)."""
+        pages = sum(block.pages for block in self.hello.blocks)
+        if self.handover is not None and self.handover.decided.is_set():
+            return (pages, pages)
+        return (min(pages, self._conversation.applied_bytes // PAGE_BYTES), pages)
+
+    @property
+    def guest(self) -> DestinationGuest:
+        assert self._guest is not None
+        return self._guest
+
+    def join(self, stream: messages.Stream, link: Link) -> None:
+        """A data stream with the right token. ProtocolError if it is out of range, twice, or late."""
+        if self.state is not DestinationState.PREPARING or stream.index >= self.hello.streams:
+            raise ProtocolError(f"stream {stream.index} is not expected")
+        if stream.index in self._links:
+            raise ProtocolError(f"stream {stream.index} is connected already")
+        self._links[stream.index] = link
+        if len(self._links) == self.hello.streams:
+            self._joined.set()
+
+    async def run(self) -> None:
+        """All of it; logs how it ended, raises only CancelledError."""
+        self._task = asyncio.current_task()
+        runner = Runner(self._conversation.run())
+        try:
+            await guarded(self._until_ready(), runner.failure())
+        except MigdError as error:
+            await self._give_up(error)
+        except asyncio.CancelledError:
+            await self._give_up(_SHUTDOWN)
+            raise
+        except Exception as error:  # our own bug must not leave half a guest behind
+            log.exception("%s: unexpected failure in %s", self.migration, self.state)
+            await self._give_up(MigdError(f"unexpected {type(error).__name__}: {error}"))
+        else:
+            await self._decide(runner)
+        finally:
+            await runner.stop()
+            self._conversation.close()
+            self.over.set()
+
+    async def stop(self) -> None:
+        """The daemon ends: before GO the attempt ends with it, and a guest that was started stays."""
+        if self._task is not None and not self.over.is_set():
+            self._task.cancel()
+            await self.over.wait()
+
+    async def _enter(self, state: DestinationState) -> None:
+        self._progress.enter(state)
+        log.debug("%s: %s", self.migration, state)
+        await self._services.observer(state)
+
+    async def _until_ready(self) -> None:
+        await self._prepare()
+        await guarded(self._receive(), self._guest_lost())
+
+    async def _guest_lost(self) -> None:
+        await self.guest.lost()
+        raise GuestError(f"the guest process spawned for {self.hello.guest} ended")
+
+    async def _prepare(self) -> None:
+        """Fresh RAM and a guest process; every stream connected. Refused reaches the source as REFUSE."""
+        await self._services.observer(self.state)
+        accept = handshake.accept(self.hello, self.token, self._services.max_streams)
+        shapes = tuple(BlockShape(block.name, block.pages) for block in self.hello.blocks)
+        self._guest = self._services.guests.create(self.hello.guest, self.migration, shapes)
+        await self._conversation.send(accept)
+        try:
+            async with asyncio.timeout(self._limits.begin_s):
+                await self._joined.wait()
+        except TimeoutError as error:
+            missing = sorted(set(range(self.hello.streams)) - set(self._links))
+            raise PeerLost(f"streams {missing} did not connect within {self._limits.begin_s:g} s") from error
+        await self._enter(DestinationState.RECEIVING)
+        await self._conversation.send(messages.Begin(migration=self.migration))
+
+    async def _receive(self) -> None:
+        """Pages on every stream, device state on the control connection, then verify and load."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._await_guest())
+            for link in self._links.values():
+                tasks.create_task(self._receive_stream(link))
+            state = await self._receive_state()
+        await self._enter(DestinationState.LOADING)
+        await self.guest.load(state)
+        services = self._services
+        handover = HandOver(
+            self.migration,
+            self.guest,
+            self._progress,
+            services.journal,
+            services.worker,
+            services.limits,
+            services.observer,
+        )
+        await handover.ready()
+        self.handover = handover
+
+    async def _await_guest(self) -> None:
+        """Its process starts while memory arrives; the source does not pause the guest before."""
+        await self.guest.attached()
+        await self._conversation.send(messages.Prepared(migration=self.migration))
+
+    async def _receive_stream(self, link: Link) -> None:
+        """One stream to its END. EOF before END is an error (R16); barriers hold all streams (R9)."""
+        loader = Loader(self.guest.ram)
+        while True:
+            frame = await link.receive()
+            if frame.type in PAGE_RECORDS:
+                placed = await self._services.worker.run(loader.place, frame)
+                self._conversation.applied_bytes += placed
+            elif frame.type is FrameType.BARRIER:
+                self._own(frame.message())
+                await self._barrier.wait()
+            elif frame.type is FrameType.END:
+                said = self._own(frame.message())
+                if said != (counted := link.received.end(self.migration)):
+                    raise ProtocolError(f"END does not match what arrived: {said}, {counted}")
+                return
+            else:
+                raise ProtocolError(f"{frame.type.name} on a data stream")
+
+    def _own(self, message: messages.Message) -> messages.Message:
+        if message.migration != self.migration:
+            raise ProtocolError(f"a message of another migration ({message.migration})")
+        return message
+
+    async def _receive_state(self) -> bytes:
+        """Device state up to FINISH, within its limit and with the announced size and digest."""
+        limit = _STATE_FLOOR_BYTES + self.guest.ram.bytes // _STATE_RAM_SHARE
+        state = bytearray()
+        while True:
+            found = await self._conversation.next("STATE", None)
+            if isinstance(found, Frame):
+                state += found.metadata
+                if len(state) > limit:
+                    raise ProtocolError(f"more than {limit} bytes of device state")
+            elif isinstance(found, messages.Finish):
+                if (found.state_bytes, found.state_digest) != (len(state), frame_digest(state)):
+                    raise ProtocolError("the device state arrived damaged")
+                return bytes(state)
+            else:
+                raise ProtocolError(f"{type(found).__name__} where STATE or FINISH was due")
+
+    # -- after READY --------------------------------------------------------------------------------
+
+    async def _decide(self, runner: Runner) -> None:
+        """GO within ``go_s``, over this connection or, if it is lost, over another; else ABORTED."""
+        assert self.handover is not None
+        handover = self.handover
+        serving = Runner(guarded(handover.serve(self._conversation), runner.failure()))
+        try:
+            async with asyncio.timeout(self._limits.go_s):
+                await self._conversation.send(messages.Ready(migration=self.migration))
+                await guarded(_wait(handover.decided), self._aborted_by_peer(serving), self._dead())
+        except TimeoutError:
+            await self._give_up(MigdError(f"no GO within {self._limits.go_s:g} s"))
+        except MigdError as error:
+            await self._give_up(error)
+        except asyncio.CancelledError:
+            await self._give_up(_SHUTDOWN)
+            raise
+        else:
+            await self._until_settled(handover, serving)
+        finally:
+            await serving.stop()
+
+    async def _aborted_by_peer(self, serving: Runner) -> None:
+        """Raises if the source aborted; a lost connection is no reason yet, GO may come over another."""
+        try:
+            await serving.failure()
+        except PeerLost:
+            log.warning("%s: connection lost after READY, waiting for GO over another", self.migration)
+        await asyncio.Event().wait()
+
+    async def _dead(self) -> None:
+        await self.guest.lost()
+        raise GuestError("the guest process ended before GO")
+
+    async def _until_settled(self, handover: HandOver, serving: Runner) -> None:
+        """The guest runs here: hear the verdict, report the guest's check, over whichever connection."""
+        try:
+            async with asyncio.timeout(self._limits.verdict_s):
+                await handover.settled.wait()
+            async with asyncio.timeout(self._limits.check_s):
+                await serving.failure()
+        except (PeerError, TimeoutError) as error:
+            log.info("%s: the connection ended early: %s", self.migration, error)
+        if self.state is DestinationState.RUNNING:
+            log.warning("%s: the guest runs here, but no verdict came", self.migration)
+            await self._enter(DestinationState.COMPLETED)
+
+    async def _give_up(self, error: MigdError) -> None:
+        """Before READY nothing stays but the source's guest; from READY on ``HandOver`` has the say."""
+        self.error = str(error)
+        log.warning("%s: gave up in %s: %s", self.migration, self.state, error)
+        word = messages.Refuse if self._guest is None else messages.Abort
+        try:
+            async with asyncio.timeout(_FAREWELL_S):
+                await self._conversation.send(word(migration=self.migration, reason=str(error)[:1000]))
+        except (PeerError, TimeoutError):
+            log.debug("%s: the source does not hear of it", self.migration)
+        if self.handover is not None:
+            await self.handover.abort(str(error))
+            return
+        if self._guest is not None:
+            await self._guest.discard()
+        await self._enter(DestinationState.ABORTED)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()

@@ -1,0 +1,90 @@
+"""When to iterate once more, when to pause the guest, when to give up: a pure policy.
+
+After each iteration ``decide`` looks at what is left and returns one of four answers. Criteria, in order:
+
+1. nothing is left, or the estimated pause fits the downtime limit: SWITCHOVER;
+2. iterations or time are used up: FORCE or CANCEL, as the operator chose;
+3. else ITERATE.
+
+The estimated pause is the time to send what is left at the rate seen so far, plus the time that the rest
+of the switchover needs (device state, hand-over).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+SWITCHOVER_OVERHEAD_S = 0.005
+"""Pause acknowledgement, two fsyncs and four messages on a fast link: 3 to 6 ms measured on loopback."""
+
+HINT_MIN_SHARE = 0.02
+"""Ask for hints again only while the last answer spared this share of what was then to send: one request
+dirties 700 to 800 pages of a Linux guest, so asking before every iteration keeps it from converging."""
+
+
+class Exhausted(StrEnum):
+    """What to do when a budget is used up and the rest still does not fit."""
+
+    FORCE = "force"
+    CANCEL = "cancel"
+
+
+class Decision(StrEnum):
+    ITERATE = "iterate"
+    SWITCHOVER = "switchover"
+    FORCE = "force"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the operator allows. Times in seconds."""
+
+    downtime_limit_s: float = 0.3
+    max_iterations: int = 30
+    """Iterations while the guest runs, the bulk stage included."""
+    max_total_s: float = 300.0
+    on_exhausted: Exhausted = Exhausted.FORCE
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an iteration left behind."""
+
+    iterations: int
+    elapsed_s: float
+    left_bytes: int
+    rate_bytes_s: float
+    """Bytes of guest RAM per second through the pipe so far; 0 before anything was sent."""
+
+
+def estimated_pause_s(standing: Standing) -> float:
+    """How long the guest would stand still if it were paused now; infinite while no rate is known."""
+    if standing.left_bytes == 0:
+        return SWITCHOVER_OVERHEAD_S
+    if standing.rate_bytes_s <= 0:
+        return float("inf")
+    return standing.left_bytes / standing.rate_bytes_s + SWITCHOVER_OVERHEAD_S
+
+
+def decide(policy: Policy, standing: Standing) -> Decision:
+    """See the module's docstring."""
+    if standing.left_bytes == 0 or estimated_pause_s(standing) <= policy.downtime_limit_s:
+        return Decision.SWITCHOVER
+    if standing.iterations >= policy.max_iterations or standing.elapsed_s >= policy.max_total_s:
+        return Decision.FORCE if policy.on_exhausted is Exhausted.FORCE else Decision.CANCEL
+    return Decision.ITERATE
+
+
+def hints_pay(
+    applied_pages: int, asked_pages: int, left_bytes: int, policy: Policy, rate_bytes_s: float
+) -> bool:
+    """Whether to ask for hints before the next iteration.
+
+    Only while the last answer spared a fair share of the pages that were to send when it was asked for, and
+    what is left is worth asking about: more than a tenth of the downtime limit at the present rate.
+    """
+    if applied_pages < asked_pages * HINT_MIN_SHARE:
+        return False
+    return left_bytes > policy.downtime_limit_s / 10 * rate_bytes_s

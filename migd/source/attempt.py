@@ -1,0 +1,134 @@
+"""Attempt: what the parts of one source migration share: what was asked, what was plugged in, the result."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from migd.errors import MigdError
+from migd.ledger.ledger import Ledger
+from migd.limits import Limits
+from migd.migration.convergence import Policy
+from migd.migration.journal import Journal, Mark, Record
+from migd.migration.ports import Clock, Observer, SourceGuest, Worker
+from migd.migration.state import SourceState, source_progress
+from migd.migration.stats import Result
+from migd.ram.bitmap import PageBitmap
+from migd.source.peer import DestinationPeer
+
+log = logging.getLogger(__name__)
+
+
+class Verify(StrEnum):
+    """When the source compares its RAM with what it last sent."""
+
+    AUTO = "auto"
+    """Strict while the estimated cost fits the downtime limit, else late."""
+    STRICT = "strict"
+    LATE = "late"
+    OFF = "off"
+
+
+class Compression(StrEnum):
+    AUTO = "auto"
+    """Decided for each chunk: lz4 where the link is slower than compressing."""
+    LZ4 = "lz4"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the operator asked for."""
+
+    streams: int = 2
+    live: bool = True
+    hints: bool = True
+    verify: Verify = Verify.AUTO
+    compression: Compression = Compression.AUTO
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class SourceServices:
+    """What the daemon plugs in."""
+
+    clock: Clock
+    worker: Worker
+    journal: Journal
+    limits: Limits
+    observer: Observer
+
+
+class Attempt:
+    """One migration of one guest to one peer; whoever holds it may move its state and add to its result."""
+
+    def __init__(
+        self,
+        migration: str,
+        guest: SourceGuest,
+        ledger: Ledger[PageBitmap],
+        peer: DestinationPeer,
+        options: SourceOptions,
+        services: SourceServices,
+    ) -> None:
+        self.migration = migration
+        self.guest = guest
+        self.ledger = ledger
+        self.peer = peer
+        self.options = options
+        self.clock = services.clock
+        self.worker = services.worker
+        self.limits = services.limits
+        self.observer = services.observer
+        self.progress = source_progress()
+        self.began_s = services.clock.now()
+        self._journal = services.journal
+        self.result = Result(
+            migration=migration,
+            guest=guest.name,
+            peer=peer.address,
+            live=options.live,
+            streams=options.streams,
+            ram_pages=guest.ram.pages,
+            hints="off" if not options.hints else "none yet",
+        )
+
+    @property
+    def state(self) -> SourceState:
+        return self.progress.state
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the request was accepted."""
+        return self.clock.now() - self.began_s
+
+    async def enter(self, state: SourceState) -> None:
+        """Move on, and let the observer look before anything is done there."""
+        self.progress.enter(state)
+        log.debug("%s: %s", self.migration, state)
+        await self.observer(state)
+
+    def fail(self, error: MigdError, outcome: str) -> None:
+        """The result says what went wrong, and what became of the migration."""
+        self.result.outcome = outcome
+        self.result.error = str(error)
+        self.result.exit_code = error.exit_code
+
+    async def mark(self, mark: Mark, detail: str = "") -> None:
+        """Durable when this returns. While the journal holds no GO the guest is ours."""
+        record = Record(
+            migration=self.migration,
+            mark=mark,
+            guest=self.guest.name,
+            peer=self.peer.address,
+            detail=detail,
+        )
+        await self.worker.run(self._journal.append, record)
+
+    async def note(self, mark: Mark, detail: str = "") -> None:
+        """A record that only spares a restarted daemon a question: without it, it asks the destination."""
+        try:
+            await self.mark(mark, detail)
+        except MigdError as error:
+            log.warning("%s: %s", self.migration, error)

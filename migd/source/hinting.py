@@ -1,0 +1,69 @@
+"""Hinting: when a source asks its guest for free pages, and what it makes of the answers."""
+
+from __future__ import annotations
+
+from migd.migration.convergence import Standing, hints_pay
+from migd.ram.contract import FreeContract
+from migd.source.attempt import Attempt
+
+
+class Hinting:
+    """The hints of one attempt. A slow, dead or hostile guest costs it at most ``hint_first_s`` a request."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._channel = attempt.guest.hints
+        self._ledger = attempt.ledger
+        self._asked_pages = 0
+        self._applied_before = 0
+
+    async def contract(self) -> FreeContract:
+        """What the guest expects of free pages; NONE, and why, where its hints are not used (R12)."""
+        result = self._attempt.result
+        if not self._attempt.options.hints:
+            return FreeContract.NONE
+        if self._channel is None:
+            result.hints = "the guest has no hint channel"
+            return FreeContract.NONE
+        contract = await self._channel.declare(self._attempt.limits.hint_first_s)
+        if contract is FreeContract.NONE:
+            result.hints = "the guest declared no free-page contract"
+        return contract
+
+    def pay(self, standing: Standing) -> bool:
+        """Whether asking again before the next iteration is worth it."""
+        applied = self._ledger.tally.hints_applied - self._applied_before
+        policy = self._attempt.options.policy
+        return self._ledger.contract is not FreeContract.NONE and hints_pay(
+            applied, self._asked_pages, standing.left_bytes, policy, standing.rate_bytes_s
+        )
+
+    async def request(self) -> None:
+        """A new epoch; the first read waits at most ``hint_first_s`` for the answer (G6)."""
+        channel = self._channel
+        if channel is None or self._ledger.contract is FreeContract.NONE or channel.distrusted:
+            return
+        self._asked_pages = self._ledger.to_send.count()
+        self._applied_before = self._ledger.tally.hints_applied
+        epoch = self._ledger.issue()
+        await channel.request(epoch, self._ledger.hint)
+        await channel.answered(epoch, self._attempt.limits.hint_first_s)
+        self.check()
+
+    def check(self) -> None:
+        """R7: a channel that broke its protocol too often spares nothing."""
+        channel = self._channel
+        if channel is None or self._ledger.contract is FreeContract.NONE:
+            return
+        if channel.distrusted:
+            self._ledger.distrust_hints()
+            self._attempt.result.hints = f"refused: the guest sent {channel.rejected} bad records"
+
+    async def done(self) -> None:
+        """Nobody listens any more (R15)."""
+        if self._channel is not None:
+            result, tally = self._attempt.result, self._ledger.tally
+            result.hints_rejected = self._channel.rejected
+            if self._ledger.contract is not FreeContract.NONE:
+                result.hints = "used" if tally.hints_applied or tally.trimmed else "none came in time"
+            await self._channel.done()

@@ -1,0 +1,139 @@
+"""DestinationPeer: the destination daemon as a source session sees it, from HELLO to the last message."""
+
+from __future__ import annotations
+
+from migd.errors import OutcomeUnknown, PeerError, PeerLost, ProtocolError
+from migd.limits import Limits
+from migd.migration.ports import Clock, Connector, Conversation, Link, M
+from migd.ram.block import PAGE_BYTES
+from migd.ram.digest import frame_digest
+from migd.tasks import Runner, guarded
+from migd.wire import messages
+from migd.wire.messages import Aborted, Started
+from migd.wire.protocol import STATE_CHUNK_BYTES
+
+_RETRY_S = 0.25
+
+
+class DestinationPeer:
+    """One control conversation and N data links; owns them all until ``close``."""
+
+    def __init__(self, connector: Connector, migration: str, clock: Clock, limits: Limits) -> None:
+        self._connector = connector
+        self._migration = migration
+        self._clock = clock
+        self._limits = limits
+        self._control: Conversation | None = None
+        self._runner: Runner | None = None
+        self.links: list[Link] = []
+
+    @property
+    def address(self) -> str:
+        return self._connector.address
+
+    @property
+    def control(self) -> Conversation:
+        if self._control is None:
+            raise PeerLost(f"{self.address}: not connected")
+        return self._control
+
+    async def connect(self) -> None:
+        """Open the control connection and keep reading it. PeerLost if nothing answers."""
+        self._control = await self._connector.converse(self._migration)
+        self._runner = Runner(self._control.run())
+
+    async def watch(self) -> None:
+        """Ends only by raising: the peer was lost, refused, aborted, broke the protocol, or stalls."""
+        await guarded(self._watch_progress(), self._watch_control())
+
+    async def _watch_control(self) -> None:
+        if self._runner is not None:
+            await self._runner.failure()
+
+    async def _watch_progress(self) -> None:
+        """PeerLost when bytes are due at the destination and none was applied for ``progress_s``."""
+        applied, since = 0, self._clock.now()
+        while True:
+            await self._clock.sleep(self._limits.ping_s)
+            now = self.control.peer_applied_bytes
+            if now != applied or now >= self._sent_bytes():
+                applied, since = now, self._clock.now()
+            elif self._clock.now() - since > self._limits.progress_s:
+                raise PeerLost(f"{self.address}: nothing was applied for {self._limits.progress_s:g} s")
+
+    def _sent_bytes(self) -> int:
+        """Of guest RAM, in records of any kind, on all streams."""
+        records = (link.sent for link in self.links)
+        return sum(sent.pages + sent.zero + sent.free for sent in records) * PAGE_BYTES
+
+    async def open(self, hello: messages.Hello) -> messages.Accept:
+        """Handshake, then all data streams: what may be used. Refused with the reason; PeerLost in time."""
+        await self.control.send(hello)
+        accept = await self.control.expect(messages.Accept, self._limits.hello_s)
+        if not hello.min_version <= accept.version <= hello.max_version:
+            raise ProtocolError(
+                f"{self.address} accepted with version {accept.version}, which was not offered"
+            )
+        for index in range(hello.streams):
+            link = await self._connector.connect()
+            self.links.append(link)
+            await link.send(messages.Stream(migration=self._migration, token=accept.token, index=index))
+        await self.control.expect(messages.Begin, self._limits.begin_s)
+        if not set(accept.features) <= set(hello.features):
+            raise ProtocolError(f"{self.address} accepted features that were not offered")
+        return accept
+
+    async def expect(self, kind: type[M], timeout_s: float) -> M:
+        """The next message, which must be a ``kind``; a lost peer is noticed at once."""
+        return await guarded(self.control.expect(kind, timeout_s), self._watch_control())
+
+    async def send_state(self, state: bytes) -> messages.Finish:
+        """All of the device state, in chunks; returns the FINISH that will announce it."""
+        view = memoryview(state)
+        for offset in range(0, len(view), STATE_CHUNK_BYTES):
+            await self.control.send_state(view[offset : offset + STATE_CHUNK_BYTES])
+        return messages.Finish(
+            migration=self._migration, state_bytes=len(view), state_digest=frame_digest(state)
+        )
+
+    # -- hand-over ----------------------------------------------------------------------------------
+
+    async def go(self) -> Started | Aborted:
+        """Send GO and wait for the answer; after a lost connection send it again on a new one.
+
+        GO is idempotent. OutcomeUnknown when ``go_s`` is over without an answer.
+        """
+        deadline = self._clock.now() + self._limits.go_s
+        reason = "no answer"
+        while (left := deadline - self._clock.now()) > 0:
+            try:
+                if self._control is None:
+                    await self.connect()
+                return await guarded(self._ask(left), self._watch_control())
+            except PeerError as error:
+                reason = str(error)
+                await self.close()
+                await self._clock.sleep(min(_RETRY_S, left))
+        raise OutcomeUnknown(
+            f"GO was sent to {self.address} and no answer came within {self._limits.go_s:g} s ({reason}); "
+            f"the guest stays paused here: run `migd resolve` when the destination can be reached"
+        )
+
+    async def _ask(self, timeout_s: float) -> Started | Aborted:
+        await self.control.send(messages.Go(migration=self._migration))
+        answer = await self.control.next("STARTED", timeout_s)
+        if not isinstance(answer, Started | Aborted):
+            raise ProtocolError(f"{self.address} answered GO with something else")
+        return answer
+
+    async def close(self) -> None:
+        """Close every connection, at once."""
+        if self._runner is not None:
+            await self._runner.stop()
+            self._runner = None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        for link in self.links:
+            link.close()
+        self.links.clear()

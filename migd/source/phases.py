@@ -1,0 +1,256 @@
+"""Phases: a migration at its source up to READY, one method a phase, in the order of ``run``."""
+
+from __future__ import annotations
+
+import logging
+
+from migd.errors import GuestError, MigdError, VerificationError
+from migd.migration.convergence import Decision, Standing, decide
+from migd.migration.ports import DirtyLog
+from migd.migration.state import SourceState
+from migd.migration.stats import Iteration
+from migd.ram.block import PAGE_BYTES
+from migd.ram.contract import FreeContract
+from migd.source.attempt import Attempt, Compression, Verify
+from migd.source.batcher import BATCH_PAGES
+from migd.source.hinting import Hinting
+from migd.source.precopy import Precopy
+from migd.wire import handshake, messages
+from migd.wire.codec import CodecChoice
+from migd.wire.protocol import Codec, Feature
+
+log = logging.getLogger(__name__)
+
+_STRICT_S_PER_BYTE = 0.35 / (1 << 30)
+"""Strict verification costs 0.15 to 0.35 s for each GiB sent (docs/safety.md): the worst of it."""
+
+_HOLES_WORTH = 4
+"""Holes are looked for if at least one page in so many is to send."""
+
+_FIXED = {Compression.LZ4: Codec.LZ4, Compression.NONE: Codec.NONE}
+
+
+class Phases:
+    """Runs the phases; afterwards, or when one raised, its attributes say how far it got."""
+
+    def __init__(self, attempt: Attempt, hinting: Hinting) -> None:
+        self._attempt = attempt
+        self._hinting = hinting
+        self._guest = attempt.guest
+        self._ledger = attempt.ledger
+        self._peer = attempt.peer
+        self._options = attempt.options
+        self._result = attempt.result
+        self._precopy: Precopy | None = None
+        self._pause_began_s = 0.0
+        self.dirty_log: DirtyLog | None = None
+        self.device_state = b""
+        self.paused = False
+        """The guest was asked to pause, whether it has answered or not."""
+        self._strict = False
+        self.verified_strictly = False
+
+    async def run(self) -> None:
+        """Everything up to READY. Raises what ends the attempt; the caller watches peer and guest."""
+        await self._connect()
+        if self._options.live:
+            await self._arm()
+            await self._bulk()
+            await self._iterate()
+        await self._await_prepared()
+        await self._pause()
+        await self._switch_over()
+        await self._await_ready()
+
+    @property
+    def precopy(self) -> Precopy:
+        """What moves pages, from the first connection on."""
+        assert self._precopy is not None
+        return self._precopy
+
+    @property
+    def iterations(self) -> list[Iteration]:
+        """The iterations so far, the present one last."""
+        return self._precopy.iterations if self._precopy is not None else []
+
+    def account(self) -> None:
+        """What went over the wire, into the result."""
+        if self._precopy is not None:
+            self._result.iterations = self._precopy.iterations
+            self._result.wire_bytes = self._precopy.wire_bytes + len(self.device_state)
+            self._result.page_bytes = self._precopy.page_bytes
+            self._result.payload_bytes = self._precopy.payload_bytes
+
+    def forget(self) -> None:
+        """Let go of the buffers and of 16 bytes for each page: the session may be remembered for long."""
+        self._precopy = None
+        self.device_state = b""
+
+    async def _connect(self) -> None:
+        shapes = self._guest.ram.shapes
+        accept = await self._peer.open(
+            handshake.hello(self._attempt.migration, self._guest.name, shapes, self._options.streams)
+        )
+        lz4 = Feature.LZ4 in accept.features
+        fixed = _FIXED.get(self._options.compression) if lz4 else Codec.NONE
+        self._precopy = Precopy(
+            self._attempt.migration,
+            self._guest.ram,
+            self._ledger,
+            self._peer.links,
+            self._attempt.worker,
+            self._attempt.clock,
+            CodecChoice(fixed),
+            min(BATCH_PAGES, accept.max_frame_pages),
+        )
+
+    async def _arm(self) -> None:
+        """R1: the log first, then the ledger; holes and hints come after both (R20)."""
+        await self._attempt.enter(SourceState.ARMING)
+        self.dirty_log = await self._guest.arm()
+        self._result.dirty_log = self.dirty_log.name
+        self._ledger.arm(await self._hinting.contract())
+
+    async def _bulk(self) -> None:
+        await self._attempt.enter(SourceState.BULK)
+        await self._hinting.request()
+        await self._mark_holes()
+        await self._pass(live=True)
+
+    async def _mark_holes(self) -> None:
+        """Among the pages that are to send by now, unless hints have spared most of RAM already.
+
+        What a guest owns it has touched, and finding out costs 10 ms for each GiB that was.
+        """
+        to_send = self._ledger.to_send.copy()
+        if to_send.count() * _HOLES_WORTH < self._ledger.pages:
+            return
+        touched = await self._attempt.worker.run(self._guest.ram.touched, to_send)
+        self._ledger.mark_holes(to_send - touched)
+
+    async def _iterate(self) -> None:
+        """Until what is left fits the downtime limit, or a budget is used up."""
+        while (decision := self._decide()) is not Decision.SWITCHOVER:
+            if decision is Decision.CANCEL:
+                raise MigdError(
+                    f"the guest writes faster than memory moves: {self._ledger.to_send.count()} pages left "
+                    f"after {len(self.precopy.iterations)} iterations; raise the downtime limit, or let it "
+                    f'be forced (on_exhausted = "force")'
+                )
+            if decision is Decision.FORCE:
+                log.warning("%s: budget used up, pausing with pages left", self._attempt.migration)
+                return
+            if self._attempt.state is not SourceState.ITERATING:
+                await self._attempt.enter(SourceState.ITERATING)
+            if self._hinting.pay(self._standing()):
+                await self._hinting.request()
+            await self._pass(live=True)
+
+    async def _await_prepared(self) -> None:
+        """The destination's guest process takes 0.1 s to start; waiting for it must not be downtime."""
+        await self._peer.expect(messages.Prepared, self._attempt.limits.begin_s)
+        if self.dirty_log is not None:
+            self._ledger.harvest(self.dirty_log.harvest())
+            await self._iterate()
+
+    async def _pause(self) -> None:
+        """R13: acknowledged at a safe point; then the final harvest."""
+        await self._attempt.enter(SourceState.PAUSING)
+        self._pause_began_s = self._attempt.clock.now()
+        self.paused = True
+        report = await self._guest.pause(self._attempt.migration)
+        self._result.downtime.pause_s = self._attempt.clock.now() - self._pause_began_s
+        self.device_state = report.device_state
+        if self.dirty_log is None:
+            # Paused from the first byte on: nothing writes, so there is nothing to track.
+            self._ledger.arm(FreeContract.NONE if report.free is None else await self._hinting.contract())
+            self._result.dirty_log = "none (paused)"
+        else:
+            self._ledger.harvest(self.dirty_log.harvest())
+        if report.free is not None:
+            self._ledger.settle(report.free, trim=self._options.hints)
+        else:
+            self._ledger.close_epoch()
+        if self.dirty_log is None:
+            await self._mark_holes()
+
+    async def _switch_over(self) -> None:
+        """The rest of RAM, device state, one more harvest (R13), END and FINISH."""
+        await self._attempt.enter(SourceState.SWITCHOVER)
+        began = self._attempt.clock.now()
+        await self._send_rest()
+        finish = await self._peer.send_state(self.device_state)
+        if self.dirty_log is not None and self._ledger.harvest(late := self.dirty_log.harvest()):
+            self._result.late_dirty_pages = late.count()
+            log.warning("%s: %d pages dirty after the pause", self._attempt.migration, late.count())
+            await self._send_rest()
+            if self._ledger.harvest(self.dirty_log.harvest()):
+                raise GuestError("something writes to the RAM of the paused guest")
+        self._result.downtime.send_s = self._attempt.clock.now() - began
+        self._decide_verification()
+        if self._verification_cost_s > self._attempt.limits.go_s / 4:
+            # The destination waits for GO no longer than go_s after READY: it must not be ready before us.
+            await self._verify_strictly()
+        await self.precopy.end()
+        await self._peer.control.send(finish)
+
+    async def _send_rest(self) -> None:
+        while self._ledger.to_send or self._ledger.free_pending:
+            log.info("%s: %s", self._attempt.migration, await self.precopy.iterate(live=False))
+
+    @property
+    def _verification_cost_s(self) -> float:
+        return self._ledger.sent.count() * PAGE_BYTES * _STRICT_S_PER_BYTE
+
+    def _decide_verification(self) -> None:
+        """AUTO is strict while that fits what is left of the downtime limit; a paused guest has none."""
+        verify = self._options.verify
+        spent_s = self._attempt.clock.now() - self._pause_began_s
+        limit_s = self._options.policy.downtime_limit_s
+        fits = not self._options.live or self._verification_cost_s + spent_s <= limit_s
+        self._strict = verify is Verify.STRICT or (verify is Verify.AUTO and fits)
+
+    async def _verify_strictly(self) -> None:
+        """Once, if it was decided: VerificationError if a page is not what was last sent of it."""
+        if not self._strict or self.verified_strictly:
+            return
+        began = self._attempt.clock.now()
+        untracked = await self.precopy.untracked()
+        self._result.downtime.verify_s = self._attempt.clock.now() - began
+        if untracked:
+            self._result.verification = f"strict: {untracked} pages differ"
+            raise VerificationError(
+                f"{untracked} pages changed untracked: nothing was started, the attempt is void"
+            )
+        self._result.verification = "strict: ok"
+        self.verified_strictly = True
+
+    async def _await_ready(self) -> None:
+        """Strict verification here, while the destination drains, verifies and loads."""
+        await self._attempt.enter(SourceState.AWAITING_READY)
+        await self._verify_strictly()
+        began = self._attempt.clock.now()
+        await self._peer.expect(messages.Ready, self._attempt.limits.ready_s)
+        self._result.downtime.ready_s = self._attempt.clock.now() - began
+
+    # -- one iteration -------------------------------------------------------------------------------
+
+    async def _pass(self, *, live: bool) -> None:
+        """One iteration and the harvest behind its barrier."""
+        assert self.dirty_log is not None
+        iteration = await self.precopy.iterate(live=live)
+        self._hinting.check()
+        iteration.dirty_pages = self._ledger.harvest(self.dirty_log.harvest())
+        self._ledger.check()
+        log.info("%s: %s", self._attempt.migration, iteration)
+
+    def _standing(self) -> Standing:
+        return Standing(
+            iterations=len(self.precopy.iterations),
+            elapsed_s=self._attempt.elapsed_s,
+            left_bytes=self._ledger.to_send.count() * PAGE_BYTES,
+            rate_bytes_s=self.precopy.rate_bytes_s,
+        )
+
+    def _decide(self) -> Decision:
+        return decide(self._options.policy, self._standing())

@@ -1,0 +1,114 @@
+"""The convergence policy as tables: what is left, what was used up, and the decision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migd.migration.convergence import (
+    HINT_MIN_SHARE,
+    SWITCHOVER_OVERHEAD_S,
+    Decision,
+    Exhausted,
+    Policy,
+    Standing,
+    decide,
+    estimated_pause_s,
+    hints_pay,
+)
+
+MB, GB = 10**6, 10**9
+POLICY = Policy(downtime_limit_s=0.3, max_iterations=30, max_total_s=300.0, on_exhausted=Exhausted.FORCE)
+CANCELLING = replace(POLICY, on_exhausted=Exhausted.CANCEL)
+OVERHEAD = SWITCHOVER_OVERHEAD_S
+
+
+@pytest.mark.parametrize(
+    ("policy", "iterations", "elapsed_s", "left", "rate", "decision"),
+    [
+        # nothing is left, or it fits
+        (POLICY, 1, 1.0, 0, 1.0 * GB, Decision.SWITCHOVER),
+        (POLICY, 1, 1.0, 0, 0.0, Decision.SWITCHOVER),
+        (POLICY, 1, 1.0, 290 * MB, 1.0 * GB, Decision.SWITCHOVER),
+        (POLICY, 1, 1.0, 4096, 1.0 * GB, Decision.SWITCHOVER),
+        # it does not fit, and there is time
+        (POLICY, 1, 1.0, 300 * MB, 1.0 * GB, Decision.ITERATE),
+        (POLICY, 1, 1.0, 4096, 0.0, Decision.ITERATE),
+        (POLICY, 29, 299.9, 1 * GB, 1.0 * GB, Decision.ITERATE),
+        # it fits, although everything is used up
+        (POLICY, 30, 999.0, 290 * MB, 1.0 * GB, Decision.SWITCHOVER),
+        (CANCELLING, 30, 999.0, 0, 1.0 * GB, Decision.SWITCHOVER),
+        # iterations or time are used up
+        (POLICY, 30, 1.0, 1 * GB, 1.0 * GB, Decision.FORCE),
+        (POLICY, 31, 1.0, 1 * GB, 1.0 * GB, Decision.FORCE),
+        (POLICY, 1, 300.0, 1 * GB, 1.0 * GB, Decision.FORCE),
+        (CANCELLING, 30, 1.0, 1 * GB, 1.0 * GB, Decision.CANCEL),
+        (CANCELLING, 1, 300.0, 1 * GB, 1.0 * GB, Decision.CANCEL),
+        (CANCELLING, 30, 1.0, 4096, 0.0, Decision.CANCEL),
+    ],
+)
+def test_decide(
+    policy: Policy, iterations: int, elapsed_s: float, left: int, rate: float, decision: Decision
+) -> None:
+    assert decide(policy, Standing(iterations, elapsed_s, left, rate)) is decision
+
+
+def test_the_limit_itself_still_fits() -> None:
+    left = int((POLICY.downtime_limit_s - OVERHEAD) * GB)
+    assert decide(POLICY, Standing(1, 0.0, left, 1.0 * GB)) is Decision.SWITCHOVER
+    assert decide(POLICY, Standing(1, 0.0, left + MB, 1.0 * GB)) is Decision.ITERATE
+
+
+@pytest.mark.parametrize(
+    ("left", "rate", "pause_s"),
+    [
+        (0, 0.0, OVERHEAD),
+        (0, 1.0 * GB, OVERHEAD),
+        (1 * GB, 1.0 * GB, 1 + OVERHEAD),
+        (1, 0.0, float("inf")),
+        (1, -1.0, float("inf")),
+    ],
+)
+def test_estimated_pause(left: int, rate: float, pause_s: float) -> None:
+    assert estimated_pause_s(Standing(1, 0.0, left, rate)) == pytest.approx(pause_s)
+
+
+@given(
+    iterations=st.integers(0, 100),
+    elapsed_s=st.floats(0, 1000),
+    left=st.integers(0, 1 << 40),
+    rate=st.floats(0, 1e11),
+    policy=st.sampled_from([POLICY, CANCELLING]),
+)
+def test_every_run_comes_to_an_end_and_a_pause_is_long_only_by_force(
+    iterations: int, elapsed_s: float, left: int, rate: float, policy: Policy
+) -> None:
+    decision = decide(policy, Standing(iterations, elapsed_s, left, rate))
+    if decision is Decision.ITERATE:
+        assert iterations < policy.max_iterations
+        assert elapsed_s < policy.max_total_s
+    if decision is Decision.SWITCHOVER and left:
+        assert left / rate <= policy.downtime_limit_s
+    assert (decision is Decision.FORCE) <= (policy is POLICY)
+    assert (decision is Decision.CANCEL) <= (policy is CANCELLING)
+
+
+@pytest.mark.parametrize(
+    ("applied", "asked", "left", "rate", "pays"),
+    [
+        (1000, 10_000, 1 * GB, 1.0 * GB, True),
+        (200, 10_000, 1 * GB, 1.0 * GB, True),  # exactly the least share
+        (199, 10_000, 1 * GB, 1.0 * GB, False),
+        (0, 10_000, 1 * GB, 1.0 * GB, False),
+        (1000, 10_000, 30 * MB, 1.0 * GB, False),  # a tenth of the limit: not worth asking about
+        (1000, 10_000, 31 * MB, 1.0 * GB, True),
+        (1000, 10_000, 0, 1.0 * GB, False),
+        (1000, 10_000, 31 * MB, 0.0, True),  # nothing was sent yet: any rest is worth it
+    ],
+)
+def test_hints_pay(applied: int, asked: int, left: int, rate: float, pays: bool) -> None:
+    assert HINT_MIN_SHARE == 0.02
+    assert hints_pay(applied, asked, left, POLICY, rate) is pays
