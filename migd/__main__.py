@@ -1,0 +1,8 @@
+"""``python -m migd`` and the ``migd`` command."""
+
+from __future__ import annotations
+
+from migd.cli import run
+
+if __name__ == "__main__":
+    run()
