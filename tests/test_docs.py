@@ -1,0 +1,259 @@
+"""The documents against the code: tables and bytes in them are generated, names in them exist.
+
+Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` a document says what ``GENERATED[NAME]`` says;
+``python -m tests.test_docs`` writes it there.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from migd import cli, errors
+from migd.config import Config, load
+from migd.guest import hints
+from migd.guest.hints import Hello, HintFrame, Ranges, Request
+from migd.migration.state import DESTINATION_TRANSITIONS, SOURCE_TRANSITIONS
+from migd.wire import messages, protocol
+from migd.wire.framing import FrameEncoder
+from migd.wire.protocol import FrameType
+from tests import test_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LEDGER = "migd/ledger/ledger.py"
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+# -- what is generated ----------------------------------------------------------------------------------
+
+
+def fenced(text: str) -> str:
+    return f"```text\n{text.strip()}\n```\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(head)
+    lines = [columns, ["---"] * len(columns), *(list(row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def transitions(states: dict[Any, frozenset[Any]]) -> str:
+    order = list(states)
+    rows = (
+        (f"`{state}`", ", ".join(f"`{after}`" for after in sorted(reached, key=order.index)) or "(end)")
+        for state, reached in states.items()
+    )
+    return table(("state", "may become"), rows)
+
+
+def layers() -> str:
+    """The literal block of the test that holds the table."""
+    assert test_layers.__doc__ is not None
+    block = test_layers.__doc__.split("::\n", 1)[1].split("\n\nA module", 1)[0]
+    return fenced("\n".join(line.removeprefix("    ") for line in block.splitlines()))
+
+
+def specification(module: Any) -> str:
+    """A module's docstring behind its first paragraph: tables as literal blocks, the rest as it is."""
+    paragraphs = module.__doc__.replace("``", "`").split("\n\n")[1:]
+    out = []
+    for text in paragraphs:
+        if text.startswith("    "):
+            out.append(fenced("\n".join(line.removeprefix("    ") for line in text.splitlines())))
+        elif text.strip() != "::":
+            out.append(text.strip().removesuffix("::") + (":" if text.endswith("::") else "") + "\n")
+    return "\n".join(out)
+
+
+def annotated(data: bytes, fields: Iterable[tuple[int, str]]) -> str:
+    """Bytes in hexadecimal, a field a line; the last field takes the rest."""
+    lines, at = [], 0
+    for size, meaning in fields:
+        part = data[at : at + size] if size else data[at:]
+        at += len(part)
+        chunks = [part[i : i + 16].hex(" ") for i in range(0, len(part), 16)]
+        lines += [f"{chunk:<49}{meaning if i == 0 else ''}".rstrip() for i, chunk in enumerate(chunks)]
+    assert at == len(data)
+    return "\n".join(lines)
+
+
+def hint_example() -> str:
+    header = [(4, "magic"), (1, "type"), (1, "zero"), (2, "zero"), (4, "body length"), (8, "epoch"),
+              (4, "CRC-32 of the body"), (4, "CRC-32 of the 24 bytes before")]  # fmt: skip
+    hello = [(2, "version"), (1, "contract"), (1, "strength"), (4, "page bytes"), (8, "pages")]
+    ranges = [(8, "start"), (8, "length"), (8, "start"), (8, "length")]
+    parts: list[tuple[HintFrame, list[tuple[int, str]]]] = [
+        (Hello(contract=1, strength=1, page_bytes=4096, pages=262144), [*header, *hello]),
+        (Request(epoch=7), header),
+        (Ranges(7, ((0x1000, 0x3000), (0x10000, 0x100000))), [*header, *ranges]),
+    ]
+    return fenced(
+        "\n\n".join(f"{frame}\n{annotated(hints.encode(frame), fields)}" for frame, fields in parts)
+    )
+
+
+def wire_example() -> str:
+    header = [(4, "magic"), (1, "framing version"), (1, "type"), (1, "codec"), (1, "zero"), (8, "sequence"),
+              (4, "count: pages"), (4, "runs"), (4, "metadata bytes"), (4, "payload bytes"),
+              (16, "digest of the 32 bytes before and the metadata")]  # fmt: skip
+    encoder = FrameEncoder()
+    free = encoder.runs(FrameType.FREE, [(16, 20), (32, 33)])
+    go = encoder.message(messages.Go(migration="0123456789abcdef" * 2))
+    runs = [(4, "first page"), (4, "pages"), (4, "first page"), (4, "pages")]
+    return fenced(
+        f"FREE, first frame of its stream: pages 16..19 and 32\n{annotated(free, [*header, *runs])}\n\n"
+        f"GO, the second frame\n{annotated(go, [*header, (0, 'MessagePack')])}"
+    )
+
+
+def frame_types() -> str:
+    rows = []
+    for kind in FrameType:
+        message = getattr(messages, kind.name.capitalize(), None)
+        said = ", ".join(f"`{name}`" for name in message.__struct_fields__) if message else "(no message)"
+        rows.append((str(int(kind)), kind.name, said))
+    return table(("type", "name", "fields of its message"), rows)
+
+
+def limits() -> str:
+    return table(
+        ("key", "default"), ((f"`{name}`", f"{value:g} s") for name, value in _defaults(Config().limits))
+    )
+
+
+def _defaults(struct: msgspec.Struct) -> list[tuple[str, Any]]:
+    return [(name, getattr(struct, name)) for name in struct.__struct_fields__]
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "import-table": layers,
+    "source-states": lambda: transitions(SOURCE_TRANSITIONS),
+    "destination-states": lambda: transitions(DESTINATION_TRANSITIONS),
+    "hint-specification": lambda: specification(hints),
+    "hint-example": hint_example,
+    "wire-specification": lambda: specification(protocol),
+    "wire-types": frame_types,
+    "wire-example": wire_example,
+    "limits": limits,
+}
+
+
+def regenerated(text: str) -> str:
+    return BLOCK.sub(lambda found: found[1] + GENERATED[found[2]]() + found[4], text)
+
+
+# -- generated parts, and names -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_generated_parts_say_what_the_code_says(path: Path) -> None:
+    text = path.read_text()
+    assert text == regenerated(text), "run `python -m tests.test_docs` and look at what changed"
+
+
+def test_every_generated_part_has_its_place() -> None:
+    used = [name for path in DOCUMENTS for _, name, *_ in BLOCK.findall(path.read_text())]
+    assert sorted(used) == sorted(GENERATED)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_documents_exist(path: Path) -> None:
+    named = set(re.findall(r"\b(?:migd|tests|docs|configs|scripts)/[\w/.-]*\w", path.read_text()))
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_named_in_documents_exist(path: Path) -> None:
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", path.read_text()))
+    missing = [name for name in sorted(named) if f"def {name}(" not in tests]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_functions_named_with_their_file_are_in_it(path: Path) -> None:
+    """Names in backquotes before ``in `migd/x.py` `` or ``of the ledger``."""
+    place = r"((?:`\w+`(?:, | and )?)+) (?:in `(migd/[\w/]+\.py)`|of the ledger)"
+    missing = [
+        f"{name} in {file or LEDGER}"
+        for names, file in re.findall(place, path.read_text())
+        for name in re.findall(r"\w+", names.replace(" and ", " "))
+        if not re.search(rf"(?:def|class) {name}\b|self\.{name} = ", (ROOT / (file or LEDGER)).read_text())
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *CONFIGS], ids=lambda path: path.name)
+def test_documents_hold_no_paths_of_one_machine(path: Path) -> None:
+    assert re.findall(r"/(?:work|root|home|tmp/v)\b[\w/]*", path.read_text()) == []
+
+
+def test_every_rule_and_promise_is_in_the_safety_document() -> None:
+    text = (ROOT / "docs" / "safety.md").read_text()
+    rows = re.findall(r"^\| ([RG]\d+) \|", text, re.MULTILINE)
+    assert rows == [*(f"G{number}" for number in range(1, 7)), *(f"R{number}" for number in range(1, 21))]
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    codes = {"0", *(str(error.exit_code) for error in vars(errors).values() if _is_error(error))}
+    text = (ROOT / "README.md").read_text()
+    table_of_codes = text.split("## Exit codes", 1)[1].split("\n## ", 1)[0]
+    assert set(re.findall(r"^\| (\d+) \|", table_of_codes, re.MULTILINE)) == codes
+
+
+def _is_error(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, errors.MigdError)
+
+
+def test_the_readme_names_every_command_and_promise() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in cli.main.commands if f"migd {name}" not in text] == []
+    assert [number for number in range(1, 7) if f"| G{number} |" not in text] == []
+
+
+# -- configuration files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configuration_files_load_and_hold_the_defaults(path: Path) -> None:
+    assert load(path) == Config()
+
+
+def test_every_key_stands_in_a_configuration_file_with_a_comment() -> None:
+    found = set()
+    for path in CONFIGS:
+        tables = tomllib.loads(path.read_text())
+        found |= {(name, key) for name, keys in tables.items() for key in keys}
+    known = {(name, key) for name, keys in _defaults(Config()) for key in keys.__struct_fields__}
+    assert found == known
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_tables_of_a_configuration_file_have_no_key_twice_or_without_words(path: Path) -> None:
+    words = False
+    for line in path.read_text().splitlines():
+        if line.startswith("#"):
+            words = True
+        elif not line:
+            words = False
+        elif not line.startswith("["):
+            assert words, f"{line}: no comment above it"
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(regenerated(document.read_text()))
