@@ -73,6 +73,8 @@ class RuntimeDir:
             )
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.parent.stat().st_uid not in (os.getuid(), 0):  # who could put another in its place
+                raise ResourceError(f"runtime directory {path}: {path.parent} belongs to another user")
             found = path.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 raise ResourceError(f"runtime directory {path}: not a directory of this user")
