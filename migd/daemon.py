@@ -331,6 +331,9 @@ class Daemon:
 
     async def _return_paused(self, guest: HostedGuest) -> None:
         """No GO in the journal: it is ours and runs on (G1). GO: only the destination knows (G3)."""
+        if (running := self._running.get(guest.migration)) is not None:
+            # Only its connection was lost: the session may be writing GO just now (G2).
+            await asyncio.wait({running})
         last = self._departures.last(guest.migration)
         if last is None or last.mark is Mark.ABORTED:
             await guest.resume()
