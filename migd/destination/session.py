@@ -90,7 +90,7 @@ class DestinationSession:
     def balance_pages(self) -> tuple[int, int]:
         """(pages settled by records so far, or all once the guest was started; all pages)."""
         pages = sum(block.pages for block in self.hello.blocks)
-        if self.handover is not None and self.handover.decided.is_set():
+        if self.state in (DestinationState.RUNNING, DestinationState.COMPLETED):
             return (pages, pages)
         return (min(pages, self._conversation.applied_bytes // PAGE_BYTES), pages)
 
