@@ -67,11 +67,6 @@ class PageAllocator:
         """``ceil(pages / 8)`` bytes, least significant bit first, 1 = free, none set behind the last page."""
         return bytes(self._bits)
 
-    def free_ranges_bytes(self, page_bytes: int) -> Iterator[tuple[int, int]]:
-        """Maximal free ranges as ``(start, length)`` in bytes, ascending."""
-        for start, stop in runs_in(self._bits):
-            yield start * page_bytes, (stop - start) * page_bytes
-
     def owned_runs(self) -> Iterator[PageRun]:
         """Maximal runs of pages in use, ascending."""
         at = 0

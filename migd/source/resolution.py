@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from migd.errors import PeerError
 from migd.migration.journal import Journal, Mark, Record
 from migd.migration.ports import SourceGuest, Worker
@@ -57,11 +59,5 @@ class Resolution:
         return f"the guest runs at {self._peer.address}: released here ({_UNVERIFIED})"
 
     async def _mark(self, mark: Mark, detail: str) -> None:
-        record = Record(
-            migration=self.migration,
-            mark=mark,
-            guest=self._go.guest,
-            peer=self._go.peer,
-            detail=detail,
-        )
+        record = msgspec.structs.replace(self._go, mark=mark, detail=detail)
         await self._worker.run(self._journal.append, record)

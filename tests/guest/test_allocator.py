@@ -22,17 +22,12 @@ def agrees(allocator: PageAllocator, owned: set[int]) -> None:
     assert allocator.owned_pages == len(owned)
     assert allocator.free_pages == pages - len(owned)
     assert [page for run in allocator.owned_runs() for page in range(*run)] == sorted(owned)
-    free = [page for start, length in allocator.free_ranges_bytes(10) for page in pages_of(start, length)]
+    free = [page for run in runs_in(allocator.free_bits()) for page in range(*run)]
     assert free == sorted(set(range(pages)) - owned)
     bits = allocator.free_bits()
     assert len(bits) == -(-pages // 8)
     assert [page for page in range(len(bits) * 8) if bits[page // 8] >> page % 8 & 1] == free
     assert count_runs(bits) == len(list(runs_in(bits)))
-
-
-def pages_of(start_bytes: int, length_bytes: int) -> range:
-    assert start_bytes % 10 == length_bytes % 10 == 0
-    return range(start_bytes // 10, (start_bytes + length_bytes) // 10)
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,6 +15,7 @@ import pytest
 
 from migd.errors import GuestError, LiveUnsupported
 from migd.guest import device_state
+from migd.guest.allocator import runs_in
 from migd.guest.content import FileContent
 from migd.guest.machine import DIGEST_BYTES, PAGE_BYTES, Machine, page_digest
 from migd.guest.workload import Workload, WorkloadKind, WorkloadPlan
@@ -108,8 +109,8 @@ def test_a_wrong_page_is_found_though_the_workload_overwrites_or_frees_it() -> N
 
 def test_a_free_page_is_not_checked(guest: tuple[Machine, Workload]) -> None:
     machine, _ = guest
-    start, _ = next(machine.allocator.free_ranges_bytes(PAGE_BYTES))
-    machine.ram[start] ^= 1
+    start, _ = next(runs_in(machine.allocator.free_bits()))
+    machine.ram[start * PAGE_BYTES] ^= 1
     assert checked(machine) == (0, -1)
 
 
@@ -120,8 +121,9 @@ def test_freed_pages_are_zero_under_the_contract_zero() -> None:
     machine, workload = make_guest(contract=FreeContract.ZERO)
     for _ in range(300):
         workload.step(0.0)
-    for start, length in machine.allocator.free_ranges_bytes(PAGE_BYTES):
-        assert machine.ram[start : start + length] == bytes(length)
+    for start, stop in runs_in(machine.allocator.free_bits()):
+        free = machine.ram[start * PAGE_BYTES : stop * PAGE_BYTES]
+        assert free == bytes((stop - start) * PAGE_BYTES)
     assert machine.wrong_pages == 0
 
 
