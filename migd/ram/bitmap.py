@@ -293,6 +293,9 @@ def runs_of(indices: PageIndices) -> list[Run]:
     """Maximal half-open runs of an ascending array of page indices."""
     if not len(indices):
         return []
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first == len(indices) - 1:  # the usual case by far, and a dozen numpy calls less
+        return [(first, last + 1)]
     breaks = np.flatnonzero(np.diff(indices) != 1)
     starts = indices[np.concatenate(([0], breaks + 1))]
     stops = indices[np.concatenate((breaks, [len(indices) - 1]))] + 1

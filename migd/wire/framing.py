@@ -13,9 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from migd.errors import ProtocolError
 from migd.ram.bitmap import Run
 from migd.ram.block import PAGE_BYTES
@@ -34,11 +31,16 @@ from migd.wire.protocol import (
     MAX_RUNS_PER_FRAME,
     PAGE_RECORDS,
     RUN,
+    SOFTWARE,
     Codec,
     FrameType,
 )
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class OtherFraming(ProtocolError):
+    """A peer of another framing version: no byte behind its header's fifth can be read here."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,28 @@ class Frame:
         """Its message. ProtocolError if it is a page record."""
         return messages.unpack(self.type, self.metadata)
 
-    def page_runs(self, pages: int) -> NDArray[np.int64]:
-        """Half-open runs, shape (n, 2), checked against RAM of ``pages`` pages (R16). ProtocolError."""
-        raw = np.frombuffer(self.metadata, "<u4", self.run_count * 2).reshape(-1, 2).astype(np.int64)
-        runs = np.column_stack((raw[:, 0], raw.sum(axis=1)))
-        if (raw[:, 1] == 0).any() or (runs[1:, 0] <= runs[:-1, 1]).any():
-            raise ProtocolError(f"{self.type.name}: runs are empty, touch, overlap or do not ascend")
-        if len(runs) and int(runs[-1, 1]) > pages:
-            raise ProtocolError(f"{self.type.name}: pages up to {runs[-1, 1]} of a RAM of {pages} pages")
-        if int(raw[:, 1].sum()) != self.count:
-            raise ProtocolError(
-                f"{self.type.name}: {raw[:, 1].sum()} pages in the runs, {self.count} announced"
-            )
+    def page_runs(self, pages: int) -> list[Run]:
+        """Half-open runs, checked against RAM of ``pages`` pages (R16). ProtocolError.
+
+        Plain Python: most frames have a few runs, and a dozen numpy calls cost more than they do.
+        """
+        runs: list[Run] = []
+        count, last = 0, -1
+        for start, length in RUN.iter_unpack(self.metadata[: self.run_count * RUN.size]):
+            if not length or start <= last:
+                raise ProtocolError(f"{self.type.name}: runs are empty, touch, overlap or do not ascend")
+            count, last = count + length, start + length
+            runs.append((start, last))
+        if last > pages:
+            raise ProtocolError(f"{self.type.name}: pages up to {last} of a RAM of {pages} pages")
+        if count != self.count:
+            raise ProtocolError(f"{self.type.name}: {count} pages in the runs, {self.count} announced")
         return runs
 
-    def page_digests(self) -> NDArray[np.uint8]:
-        """Digests of the pages of a PAGES frame, shape (count, 16)."""
-        offset = self.run_count * RUN.size
-        return np.frombuffer(self.metadata, np.uint8, offset=offset).reshape(-1, DIGEST_BYTES)
+    @property
+    def page_digests(self) -> bytes:
+        """Of a PAGES frame: the digests of its pages, 16 bytes each."""
+        return self.metadata[self.run_count * RUN.size :]
 
 
 class FrameEncoder:
@@ -95,16 +101,13 @@ class FrameEncoder:
 
     def runs(self, kind: FrameType, runs: Iterable[Run]) -> bytes:
         """A ZERO or FREE record for ascending, separate runs, at most MAX_RUNS_PER_FRAME of them."""
-        table = np.array(list(runs), np.int64).reshape(-1, 2)
-        table[:, 1] -= table[:, 0]
-        return self._seal(kind, table.astype("<u4").tobytes(), int(table[:, 1].sum()), len(table))
+        count, table = _table(list(runs))
+        return self._seal(kind, table, count, len(table) // RUN.size)
 
-    def pages(self, runs: list[Run], digests: Buffer, codec: Codec, payload_bytes: int) -> bytes:
+    def pages(self, runs: list[Run], digests: bytes, codec: Codec, payload_bytes: int) -> bytes:
         """Everything of a PAGES frame in front of its payload, which the caller sends right behind it."""
-        table = np.array(runs, np.int64).reshape(-1, 2)
-        table[:, 1] -= table[:, 0]
-        metadata = table.astype("<u4").tobytes() + bytes(digests)
-        return self._seal(FrameType.PAGES, metadata, int(table[:, 1].sum()), len(table), codec, payload_bytes)
+        count, table = _table(runs)
+        return self._seal(FrameType.PAGES, table + digests, count, len(runs), codec, payload_bytes)
 
     def _seal(
         self,
@@ -132,6 +135,12 @@ class FrameEncoder:
         digest = frame_digest(header + metadata)
         self.account.add(kind, count, digest)
         return header + digest + metadata
+
+
+def _table(runs: list[Run]) -> tuple[int, bytes]:
+    """How many pages the runs have, and what the metadata of their frame begins with."""
+    pages = sum(stop - start for start, stop in runs)
+    return pages, b"".join([RUN.pack(start, stop - start) for start, stop in runs])
 
 
 @dataclass
@@ -177,8 +186,21 @@ class FrameDecoder:
         self.account = StreamAccount()
         self._sequence = 0
         self._header = bytearray(HEADER_BYTES)
-        self._payload = bytearray()
+        self._payload: bytearray | memoryview = bytearray()
+        self._borrows = False
+        self.starved = False
+        """A payload is due, and no buffer is lent: ``lend`` one before ``next_buffer`` is asked for."""
         self._expect_header()
+
+    def lend(self, buffer: memoryview | None) -> None:
+        """Payloads go into this buffer, of MAX_PAYLOAD_BYTES, from now on and no longer into one of our own.
+
+        None takes it back, and with it the payload of the last frame. Not while a payload is being read.
+        """
+        self._borrows = True
+        self._payload = bytearray() if buffer is None else buffer
+        if self.starved and buffer is not None:
+            self._expect_payload()
 
     @property
     def at_boundary(self) -> bool:
@@ -220,8 +242,9 @@ class FrameDecoder:
 
     def _expect_payload(self) -> None:
         assert self._fields is not None
-        if len(self._payload) < self._fields.payload_bytes:
+        if len(self._payload) < self._fields.payload_bytes and not self._borrows:
             self._payload = bytearray(MAX_PAYLOAD_BYTES)
+        self.starved = len(self._payload) < self._fields.payload_bytes
         self._target = memoryview(self._payload)[: self._fields.payload_bytes]
         self._filled = 0
         self._stage_metadata = False
@@ -260,7 +283,10 @@ class _Header:
         if magic != MAGIC:
             raise ProtocolError("the peer does not speak the migd protocol (bad magic)")
         if version != FRAMING_VERSION:
-            raise ProtocolError(f"the peer frames with version {version}, this side with {FRAMING_VERSION}")
+            raise OtherFraming(
+                f"the peer frames with version {version}, this side ({SOFTWARE}) with {FRAMING_VERSION}: "
+                f"update migd on {'this side' if version > FRAMING_VERSION else 'the other side'}"
+            )
         try:
             header = cls(FrameType(kind), Codec(codec), sequence, count, runs, metadata, payload, digest)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """The messages of the protocol as frozen structs: every frame but PAGES, ZERO, FREE and STATE.
 
-Each carries the migration's random id, so that no answer can be taken for another's. Unknown fields, missing
-fields and ill-typed values are refused by the decoder.
+Each carries the migration's random id, so that no answer can be taken for another's. Missing fields and
+ill-typed values are refused by the decoder, unknown fields, too, except in greetings.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from migd.errors import ProtocolError
 from migd.wire.protocol import MAX_PAGES_PER_FRAME, MAX_STREAMS, TOKEN_BYTES, FrameType
 
 MigrationId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+NO_MIGRATION = "0" * 32
+"""The id in a refusal of something that could not be read as far as its id."""
 GuestName: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Features: TypeAlias = Annotated[
     tuple[Annotated[str, msgspec.Meta(max_length=32)], ...], msgspec.Meta(max_length=64)
 ]
+Software: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[ -~]{0,100}\Z")]
+"""Name and version; printable, since it ends up in people's terminals."""
 Reason: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -26,17 +30,21 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     migration: MigrationId
 
 
-class BlockInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A RAM block: name and size in pages."""
+class _Greeting(_Message, frozen=True, forbid_unknown_fields=False):
+    """Said before both sides know each other's version: what a later one adds is ignored."""
+
+
+class BlockInfo(msgspec.Struct, frozen=True):
+    """A RAM block: name and size in pages. Part of a greeting."""
 
     name: GuestName
     pages: Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Hello(_Message, frozen=True):
+class Hello(_Greeting, frozen=True):
     min_version: int
     max_version: int
-    software: Reason
+    software: Software
     guest: GuestName
     page_bytes: int
     blocks: Annotated[tuple[BlockInfo, ...], msgspec.Meta(min_length=1, max_length=64)]
@@ -44,9 +52,9 @@ class Hello(_Message, frozen=True):
     features: Features = ()
 
 
-class Accept(_Message, frozen=True):
+class Accept(_Greeting, frozen=True):
     version: int
-    software: Reason
+    software: Software
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
     features: Features = ()
     """Those of the offered ones that may be used."""
@@ -54,8 +62,31 @@ class Accept(_Message, frozen=True):
     """The destination takes no larger PAGES frame."""
 
 
-class Refuse(_Message, frozen=True):
+class Refuse(_Greeting, frozen=True):
     reason: Reason
+
+
+class Probe(_Greeting, frozen=True):
+    """What are you? ``migration`` is an id of this question alone."""
+
+    min_version: int
+    max_version: int
+    software: Software
+
+
+class About(_Greeting, frozen=True):
+    """What a destination is, now."""
+
+    min_version: int
+    max_version: int
+    software: Software
+    realtime_ns: int
+    """Its clock (nanoseconds since 1970, UTC) when it answered."""
+    free_bytes: Count
+    """The RAM of the largest guest it would take."""
+    max_streams: Annotated[int, msgspec.Meta(ge=1)]
+    """It refuses a migration with more."""
+    features: Features = ()
 
 
 class Stream(_Message, frozen=True):
@@ -100,7 +131,7 @@ class End(_Message, frozen=True):
 
 
 class Finish(_Message, frozen=True):
-    """Everything was sent; the device state has this size and mmh3 x64 128 digest."""
+    """Everything was sent; the device state has this size and XXH3-128 digest."""
 
     state_bytes: Count
     state_digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -145,6 +176,8 @@ Message: TypeAlias = (
     | Stream
     | Begin
     | Prepared
+    | Probe
+    | About
     | Ping
     | Pong
     | Abort
@@ -166,6 +199,8 @@ _CLASSES: dict[FrameType, type[Message]] = {
     FrameType.STREAM: Stream,
     FrameType.BEGIN: Begin,
     FrameType.PREPARED: Prepared,
+    FrameType.PROBE: Probe,
+    FrameType.ABOUT: About,
     FrameType.PING: Ping,
     FrameType.PONG: Pong,
     FrameType.ABORT: Abort,

@@ -5,7 +5,7 @@ to the destination's one port. All numbers are little-endian. Everything on ever
 
     offset  size  field
          0     4  magic "MIGD"
-         4     1  framing version, 1
+         4     1  framing version, 2
          5     1  frame type (``FrameType``)
          6     1  codec of the payload (``Codec``), 0 unless PAGES
          7     1  zero
@@ -14,12 +14,13 @@ to the destination's one port. All numbers are little-endian. Everything on ever
         20     4  runs: how many runs the metadata begins with; else 0
         24     4  metadata bytes, at most MAX_METADATA_BYTES
         28     4  payload bytes, at most MAX_PAYLOAD_BYTES; 0 unless PAGES
-        32    16  mmh3 x64 128 of bytes 0..31 and the metadata
+        32    16  XXH3-128 of bytes 0..31 and the metadata
         48     -  metadata, then payload
 
 A *run* is (u32 first page, u32 pages); runs ascend and do not touch. A page index counts through all RAM
-blocks in the order of HELLO, never a host address. Metadata of PAGES: the runs, then a 16-byte digest for
-each page (mmh3 x64 128 of its 4096 bytes); so the frame digest covers the content through the page digests,
+blocks in the order of HELLO, never a host address; so that a run of everything can be written, a guest has
+at most 2^32-1 pages. Metadata of PAGES: the runs, then a 16-byte digest for
+each page (XXH3-128 of its 4096 bytes); so the frame digest covers the content through the page digests,
 and each byte of memory is hashed once on either side. Metadata of ZERO and FREE: the runs. Of STATE: the
 bytes of device state. Of all others: one MessagePack map (``migd.wire.messages``).
 
@@ -42,8 +43,28 @@ bytes of device state. Of all others: one MessagePack map (``migd.wire.messages`
       VERDICT                      control  ->             tracking verified: the source lets go
                                             <-  control   CHECKED        the guest's own check, if it has one
       ABORT                         either side, before GO; answered by closing
+      PROBE                        alone    <-> ABOUT       what is there, now; then closed
 
 A destination that is asked GO for a migration it does not know journals ABORTED, then answers ABORTED.
+
+PROBE asks what a destination is, before anybody trusts it with a guest: first on a connection of its own,
+without a token, answered by one ABOUT (versions, software, clock, free memory, streams, features) or REFUSE,
+and closed. It changes nothing there. Its id is made up, and ABOUT repeats it.
+
+**Versions.** Two daemons of different versions agree, or say in one line who speaks what and whom to update:
+
+- Bytes 0 to 4 of a frame mean the same in every framing version, and a connection begins with at least 48
+  bytes. A side that reads another framing version than its own says so and closes; a destination first sends
+  REFUSE, in its own framing, so that the source can say the same.
+- HELLO, PROBE and ABOUT carry the range of protocol versions a side speaks. The highest in both ranges is
+  used; if there is none, the answer to HELLO is REFUSE.
+- In HELLO, ACCEPT, REFUSE, PROBE and ABOUT unknown fields are ignored: a later migd may add what the other
+  side can do without. In all other messages they are refused.
+- What the other side must not ignore is a *feature*: offered in HELLO, used only if ACCEPT names it. Unknown
+  offers are ignored, and ACCEPT never names one. A new frame type belongs to a feature or a new protocol
+  version.
+- Anything else, a field's meaning among it, makes a new protocol version; the header or its digest a new
+  framing version.
 """
 
 from __future__ import annotations
@@ -51,8 +72,13 @@ from __future__ import annotations
 import struct
 from enum import IntEnum, StrEnum
 
+from migd import __version__
+
+SOFTWARE = f"migd {__version__}"
+"""How greetings, refusals and journals call this side."""
+
 MAGIC = b"MIGD"
-FRAMING_VERSION = 1
+FRAMING_VERSION = 2
 MIN_VERSION = 1
 MAX_VERSION = 1
 
@@ -83,6 +109,8 @@ class FrameType(IntEnum):
     PONG = 7
     ABORT = 8
     PREPARED = 9
+    PROBE = 10
+    ABOUT = 11
     PAGES = 16
     ZERO = 17
     FREE = 18

@@ -15,8 +15,9 @@ from migd.errors import ProtocolError
 from migd.ram.digest import frame_digest
 from migd.wire import messages
 from migd.wire.codec import compress
-from migd.wire.framing import Frame, FrameDecoder, FrameEncoder
+from migd.wire.framing import Frame, FrameDecoder, FrameEncoder, OtherFraming
 from migd.wire.protocol import (
+    FRAMING_VERSION,
     HEADER,
     HEADER_BYTES,
     MAX_METADATA_BYTES,
@@ -44,7 +45,7 @@ def frame(
     payload: bytes = b"",
     sequence: int = 0,
     magic: bytes = b"MIGD",
-    version: int = 1,
+    version: int = FRAMING_VERSION,
     zero: int = 0,
     metadata_bytes: int | None = None,
     payload_bytes: int | None = None,
@@ -76,9 +77,10 @@ BAD_FRAMES: dict[str, bytes] = {
     "magic of another protocol": b"GET / HTTP/1.1\r\nHost: destination.example\r\n\r\n" + bytes(16),
     "a TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(60),
     "framing version 0": frame(version=0),
-    "framing version 2": frame(version=2),
+    "framing version 1": frame(version=1),
+    "framing version 3": frame(version=3),
     "type 0": frame(0),
-    "type 9": frame(9),
+    "type 12": frame(12),
     "type 255": frame(255),
     "codec 2": pages_frame(1, codec=2, payload=PAGE),
     "codec on ZERO": frame(codec=1),
@@ -145,14 +147,25 @@ def test_what_the_table_is_built_from_is_right() -> None:
 def test_the_refusal_says_which_frame_and_what() -> None:
     with pytest.raises(ProtocolError, match="does not speak the migd protocol"):
         Feed().feed(frame(magic=b"HTTP"))
-    with pytest.raises(ProtocolError, match="version 2, this side with 1"):
-        Feed().feed(frame(version=2))
+    with pytest.raises(
+        OtherFraming, match=r"version 3, this side \(migd .*\) with 2: update migd on this side"
+    ):
+        Feed().feed(frame(version=3))
+    with pytest.raises(OtherFraming, match=r"version 1, .* with 2: update migd on the other side"):
+        Feed().feed(frame(version=1))
     with pytest.raises(ProtocolError, match=r"frame 7 where 0 was due"):
         Feed().feed(frame(sequence=7))
     with pytest.raises(ProtocolError, match=r"frame 0 \(ZERO\): the digest is wrong"):
         Feed().feed(frame(digest=bytes(16)))
     with pytest.raises(ProtocolError, match=r"frame 0 \(PAGES\): count 513"):
         Feed().feed(BAD_FRAMES["too many pages"])
+
+
+@pytest.mark.parametrize("behind", [bytes(43), b"\xff" * 43, bytes(range(43))])
+def test_of_another_framing_version_nothing_but_the_version_is_read(behind: bytes) -> None:
+    """Whatever a later one makes of the other 43 bytes, the refusal names both versions."""
+    with pytest.raises(OtherFraming, match="version 9"):
+        Feed().feed(b"MIGD\x09" + behind)
 
 
 def test_a_lost_frame_and_a_repeated_frame_show() -> None:
@@ -220,9 +233,9 @@ def test_runs_that_lie_are_refused(
 
 def test_runs_at_the_limits_are_taken() -> None:
     found = decoded(frame(metadata=table((0, 1), (2, RAM_PAGES - 2)), count=RAM_PAGES - 1, runs=2))
-    assert found.page_runs(RAM_PAGES).tolist() == [[0, 1], [2, RAM_PAGES]]
+    assert found.page_runs(RAM_PAGES) == [(0, 1), (2, RAM_PAGES)]
     found = decoded(frame(metadata=table((0xFFFFFFFE, 1)), count=1, runs=1))
-    assert found.page_runs(1 << 32).tolist() == [[0xFFFFFFFE, 0xFFFFFFFF]]
+    assert found.page_runs(1 << 32) == [(0xFFFFFFFE, 0xFFFFFFFF)]
 
 
 def test_runs_of_a_pages_frame_are_checked_the_same_way() -> None:
@@ -242,7 +255,7 @@ def test_runs_survive_the_round_trip(pages: set[int]) -> None:
             runs.append((page, page + 1))
     found = decoded(FrameEncoder().runs(FrameType.FREE, runs))
     assert found.count == len(pages)
-    assert found.page_runs(301).tolist() == [list(run) for run in runs]
+    assert found.page_runs(301) == runs
 
 
 # -- messages -------------------------------------------------------------------------------------------
