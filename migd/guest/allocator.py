@@ -31,6 +31,14 @@ class PageAllocator:
         self.free_pages = pages
         self._bits = bytearray(b"\xff" * (pages // 8) + bytes([(1 << pages % 8) - 1] if pages % 8 else b""))
 
+    @classmethod
+    def from_free_bits(cls, free_bits: bytes, pages: int) -> PageAllocator:
+        """With the pages free that ``free_bits`` of another one says; see there."""
+        allocator = cls(pages)
+        allocator._bits[:] = free_bits
+        allocator.free_pages = int.from_bytes(free_bits, "little").bit_count()
+        return allocator
+
     @property
     def owned_pages(self) -> int:
         return self.pages - self.free_pages
@@ -50,6 +58,24 @@ class PageAllocator:
             self._flip(start, start + length)
             self.free_pages -= length
         return start
+
+    def allocate_next(self, length: int, near: int) -> PageRun | None:
+        """The first free run at or behind page ``near``, cut to ``length`` (1..MAX_RUN_PAGES), now used.
+
+        None if no page is free there. A sweep through fragmented memory takes every gap as it comes, where
+        ``allocate`` would search all of it for a longer one.
+        """
+        if not 1 <= length <= MAX_RUN_PAGES:
+            raise ValueError(f"a run has 1 to {MAX_RUN_PAGES} pages, not {length}")
+        start = self._find(1, near, self.pages)
+        if start is None:
+            return None
+        _, value, _ = self._span(start, min(start + length, self.pages))
+        ones = value >> start % 8
+        stop = start + min(length, (~ones & (ones + 1)).bit_length() - 1)
+        self._flip(start, stop)
+        self.free_pages -= stop - start
+        return start, stop
 
     def claim(self, start: int, stop: int) -> None:
         """Take exactly this run. ValueError if it is empty, not inside or not wholly free."""

@@ -20,6 +20,10 @@ _READ_BYTES = 1 << 20
 PYTHON_INSTALLATION = os.path.dirname(os.__file__)
 """The standard library: what ``sysconfig.get_path("stdlib")`` says, without importing sysconfig."""
 
+RANDOM_DEVICE = "/dev/urandom"
+"""Stands for content that no codec makes smaller. The only device ever opened: a path may come from a device
+state, thus over the network, and opening some devices does something."""
+
 
 class FileContent:
     """An endless series of pages from the files under ``paths``, walked in sorted order.
@@ -100,7 +104,7 @@ def _readable_files(paths: tuple[str, ...]) -> Iterator[int]:
 
 def _files_under(paths: tuple[str, ...]) -> Iterator[str]:
     for path in paths:
-        if os.path.isfile(path):
+        if os.path.isfile(path) or path == RANDOM_DEVICE:
             yield path
         for directory, below, names in os.walk(path):
             below.sort()

@@ -40,6 +40,8 @@ from migd.errors import GuestError
 VERSION = 1
 MAX_PACKET_BYTES = 1 << 16
 MAX_PACKET_FDS = 16
+MAX_BLOCKS = MAX_PACKET_FDS - 1
+"""Of RAM: ATTACHED has a descriptor for each, and the hint socket."""
 MAX_BLOB_BYTES = 1 << 30
 """Of device state or a free bitmap; a guest of 1 TiB has a bitmap of 32 MiB."""
 
@@ -64,7 +66,7 @@ class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pages: int
 
 
-class Attach(_Message, frozen=True, tag="attach", kw_only=True):
+class Attach(_Message, frozen=True, tag="attach", kw_only=True, omit_defaults=True):
     """First packet of a guest. ``migration`` names the one it is paused or incoming for, else empty."""
 
     version: int
@@ -73,6 +75,8 @@ class Attach(_Message, frozen=True, tag="attach", kw_only=True):
     state: GuestState
     blocks: tuple[Block, ...]
     migration: str = ""
+    read_only: bool = False
+    """It brings RAM that it never writes, in descriptors open for reading only: it is not armed."""
 
 
 class Attached(_Message, frozen=True, tag="attached", kw_only=True):

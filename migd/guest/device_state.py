@@ -4,7 +4,7 @@
 
     offset  size  field
          0     8  magic "migdGDS" and version
-         8    16  mmh3 of everything behind
+         8    16  XXH3-128 of everything behind
         24     4  length of the header, little-endian
         28     -  header: JSON of ``_Header``
          -    16  per run: u64 first page, u64 pages; the live runs, oldest first, then the hog's
@@ -28,7 +28,14 @@ from migd.errors import GuestError
 from migd.guest.allocator import MAX_RUN_PAGES, PageRun
 from migd.guest.content import FileContent
 from migd.guest.machine import DIGEST_BYTES, Machine, page_digest
-from migd.guest.workload import Counter, Phase, Workload, WorkloadPlan, WorkloadProgress
+from migd.guest.workload import (
+    Counter,
+    Phase,
+    Workload,
+    WorkloadKind,
+    WorkloadPlan,
+    WorkloadProgress,
+)
 
 MAGIC = b"migdGDS\x01"
 
@@ -76,7 +83,8 @@ class DeviceState:
             raise GuestError(
                 f"the device state is of {self.header.pages} pages, this RAM has {machine.pages}"
             )
-        if not self.live and self.header.progress.phase is Phase.STEADY:
+        works = self.plan.kind is not WorkloadKind.IDLE and self.header.progress.phase is Phase.STEADY
+        if works and not self.live:
             raise GuestError("the device state is of a running workload that owns no page")
         machine.sequence = self.header.sequence
         machine.written_pages = self.header.written_pages

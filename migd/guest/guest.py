@@ -13,18 +13,21 @@ answered again, since a daemon that comes back may have missed the answer.
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import time
-from mmap import mmap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from migd.errors import ConfigError, GuestError
 from migd.guest import device_state
+from migd.guest.allocator import PageAllocator
 from migd.guest.content import PYTHON_INSTALLATION, FileContent
 from migd.guest.control import Block, Checked, GuestState, Running
-from migd.guest.machine import PAGE_BYTES, Machine
-from migd.guest.workload import Workload, WorkloadPlan
+from migd.guest.image import ImageJournal, RamImage, short_runs
+from migd.guest.machine import Machine
+from migd.guest.mapping import RamMapping
+from migd.guest.workload import Phase, Workload, WorkloadPlan, WorkloadProgress
 
 if TYPE_CHECKING:
     from migd.ram.dirty_log import WriteProtection
@@ -34,17 +37,16 @@ SLICE_S = 0.001
 
 
 class Guest:
-    """A guest of one RAM block; without RAM until ``adopt_ram``."""
+    """A guest; without RAM until ``adopt_ram``."""
 
     def __init__(self, state: GuestState, migration: str) -> None:
         self.state = state
         self.migration = migration
         """The one it is paused or incoming for, else empty."""
-        self.blocks: tuple[Block, ...] = ()
-        self.ram_fd = -1
+        self.ram: RamMapping | None = None
         self.machine: Machine | None = None
         self.workload: Workload | None = None
-        self._ram: mmap | None = None
+        self._image_journal: ImageJournal | None = None
         self._content: FileContent | None = None
         self._stopped_at_ns = 0
         self._resumed_at_ns = 0
@@ -52,34 +54,31 @@ class Guest:
 
     # -- memory -------------------------------------------------------------------------------------
 
-    def adopt_ram(self, block: Block, fd: int) -> None:
-        """Map RAM that the daemon made; ``fd`` is ours if this succeeds. GuestError if its size is wrong."""
-        size = os.fstat(fd).st_size
-        if size != block.pages * PAGE_BYTES or not size:
-            raise GuestError(f"RAM block {block.name!r}: {block.pages} pages announced, {size} bytes passed")
-        try:
-            self._ram = mmap(fd, size)
-        except OSError as error:
-            raise GuestError(f"RAM block {block.name!r} cannot be mapped: {error.strerror}") from error
-        self.ram_fd = fd
-        self.blocks = (block,)
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """None before it has RAM."""
+        return self.ram.blocks if self.ram is not None else ()
 
-    def arm(self) -> tuple[int, int]:
-        """Log every write to RAM from now on: (address of the mapping, pagemap descriptor, still ours).
+    def adopt_ram(self, blocks: Sequence[Block], fds: Sequence[int], *, read_only: bool = False) -> None:
+        """Map RAM; ``fds`` are ours if this succeeds. GuestError if it is not of these sizes."""
+        self.ram = RamMapping(blocks, fds, read_only=read_only)
+
+    def arm(self) -> tuple[list[int], int]:
+        """Log every write to RAM from now on: (address of each block, pagemap descriptor, still ours).
 
         LiveUnsupported where the kernel cannot; GuestError for a guest that has not started here.
         """
         if self.state is GuestState.INCOMING:
             raise GuestError("the guest has not started here: there is nothing to track")
+        if self._mapping().read_only:
+            raise GuestError("the guest cannot write its RAM: there is nothing to track")
         prepare_arming()
         from migd.ram.dirty_log import WriteProtection
 
         self.disarm()
-        ram = self._mapped_ram()
-        # Released at once: an exported buffer would keep the mapping from being closed.
-        address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
-        self._protection = WriteProtection([(address, len(ram))])
-        return address, self._protection.pagemap_fd
+        places = self._mapping().places()
+        self._protection = WriteProtection(places)
+        return [address for address, _ in places], self._protection.pagemap_fd
 
     def disarm(self) -> None:
         """Log writes no more, if they were."""
@@ -91,24 +90,36 @@ class Guest:
         """Let RAM go."""
         self.disarm()
         self._use(None)
-        if self._ram is not None:
-            self._ram.close()
-            os.close(self.ram_fd)
-            self._ram, self.ram_fd = None, -1
+        if self.ram is not None:
+            self.ram.close()
+            self.ram = None
 
     # -- moves --------------------------------------------------------------------------------------
 
     def begin(self, content: FileContent, plan: WorkloadPlan) -> None:
         """A new guest starts to fill its RAM."""
         self._use(content)
-        self.machine = Machine(self._mapped_ram(), plan.contract)
+        self.machine = Machine(self._mapping().memory, plan.contract)
         self.workload = Workload(self.machine, content, plan)
+
+    def serve(self, image: RamImage, content: FileContent, plan: WorkloadPlan) -> None:
+        """A new guest is what an image holds, all of it in use that is not free; ``image.fd`` is ours now."""
+        self._use(content)
+        self.adopt_ram([image.block], [image.fd], read_only=True)
+        allocator = PageAllocator.from_free_bits(image.free_bits, image.pages)
+        self.machine = Machine(self._mapping().memory, plan.contract, allocator)
+        self._image_journal = ImageJournal(image.fd, self.machine)
+        self.workload = Workload(self.machine, content, plan)
+        progress = WorkloadProgress(phase=Phase.STEADY, random=plan.seed)
+        self.workload.resume(progress, list(short_runs(allocator.owned_runs())), [])
 
     def pause(self, migration: str) -> tuple[bytes, bytes]:
         """Stop here, at a safe point: (device state, free bitmap). Nothing writes to RAM from here on."""
         if self.state is GuestState.INCOMING:
             raise GuestError("the guest has not started here: it cannot be paused")
         machine, workload = self._running_parts()
+        if self._image_journal is not None:
+            self._image_journal.run(math.inf, time.monotonic)
         if self.state is GuestState.RUNNING:
             self._stopped_at_ns = time.time_ns()
             self.state = GuestState.PAUSED
@@ -130,7 +141,7 @@ class Guest:
         state = device_state.parse(blob)
         content = _content_here(state.plan.fill)
         try:
-            self.machine, self.workload = state.restore(self._mapped_ram(), content)
+            self.machine, self.workload = state.restore(self._mapping().memory, content)
         except GuestError:
             content.close()
             raise
@@ -161,11 +172,27 @@ class Guest:
 
     # -- running ------------------------------------------------------------------------------------
 
+    @property
+    def filled(self) -> float:
+        """How much of what has to be done before it is ready is done: 0 to 1."""
+        if self._image_journal is not None:
+            return self._image_journal.fraction
+        return self.workload.filled if self.workload is not None else 0.0
+
+    @property
+    def ready(self) -> bool:
+        """RAM holds what the plan says, or the journal what the image does."""
+        if self._image_journal is not None:
+            return self._image_journal.complete
+        return self.workload is not None and self.workload.ready
+
     def wait_s(self, now: float) -> float | None:
         """Seconds until there is something to do, on the monotonic clock; None: nothing ever."""
         if self.state is not GuestState.RUNNING or self.machine is None or self.workload is None:
             return None
-        return 0.0 if self.machine.check is not None else self.workload.wait_s(now)
+        if self.machine.check is not None or not self.ready:
+            return 0.0
+        return self.workload.wait_s(now)
 
     def work(self) -> Checked | None:
         """A slice of the workload and one of the self-check; the report of a check that ended in it."""
@@ -173,6 +200,8 @@ class Guest:
             return None
         now = time.monotonic()
         deadline = now + SLICE_S
+        if self._image_journal is not None:
+            self._image_journal.run(deadline, time.monotonic)
         while now < deadline and self.workload.wait_s(now) == 0:
             self.workload.step(now)
             now = time.monotonic()
@@ -190,10 +219,10 @@ class Guest:
             raise GuestError("the guest has no device state yet")
         return self.machine, self.workload
 
-    def _mapped_ram(self) -> mmap:
-        if self._ram is None:
+    def _mapping(self) -> RamMapping:
+        if self.ram is None:
             raise GuestError("the guest has no RAM yet")
-        return self._ram
+        return self.ram
 
 
 def prepare_arming() -> None:

@@ -17,8 +17,9 @@ from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.migration.ports import DirtyLog, PauseReport, Resumption, SelfCheck
 from migd.ram.bitmap import PageBitmap
-from migd.ram.block import RamLayout
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog
+from migd.ram.layout import RamLayout
+from migd.ram.static_log import StaticDirtyLog
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class HostedGuest:
     _link: GuestLink | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)
+    _judged: asyncio.Event = field(default_factory=asyncio.Event)
+    _arrived: bool = False
+    released: bool = False
+    """It runs elsewhere: what is left of it here only has to end, and its name may be taken."""
 
     @property
     def link(self) -> GuestLink:
@@ -92,8 +97,18 @@ class HostedGuest:
 
     # -- SourceGuest --------------------------------------------------------------------------------
 
+    @property
+    def reports_free_at_pause(self) -> bool:
+        """Always: PAUSED brings the bitmap (migd.guest.control)."""
+        return True
+
     async def arm(self) -> DirtyLog:
-        """The kernel's log of the guest's own mapping. LiveUnsupported where the guest cannot arm it."""
+        """The kernel's log of the guest's own mapping. LiveUnsupported where the guest cannot arm it.
+
+        A guest that never writes its RAM has nothing to log.
+        """
+        if self.ram.read_only:
+            return StaticDirtyLog(self.ram.pages)
         try:
             answer, fds = await self.link.ask(control.Arm(), control.Armed, self.limits.guest_s)
         except RequestRefused as error:
@@ -132,12 +147,30 @@ class HostedGuest:
         finally:
             control.close_all(fds)
 
+    @property
+    def awaits_verdict(self) -> bool:
+        """See ``migd.migration.ports.SourceGuest``."""
+        return self._arrived and not self._judged.is_set()
+
+    async def verdict(self) -> None:
+        """Returns when the guest may leave again. GuestError if its arrival was found wrong."""
+        try:
+            async with asyncio.timeout(self.limits.verdict_s):
+                await self._judged.wait()
+        except TimeoutError:
+            waited = f"{self.limits.verdict_s:g} s"
+            log.warning("guest %s: no verdict on its arrival within %s, it may leave", self.name, waited)
+            self.judged()
+        if self.state is not GuestState.RUNNING:
+            raise GuestError(f"guest {self.name} is {self.state}: the verdict on its arrival was bad")
+
     async def resume(self) -> None:
         await self.link.order(control.Resume(), control.Running, self.limits.guest_s)
         self.state, self.migration = GuestState.RUNNING, ""
 
     async def release(self) -> None:
         """It runs elsewhere: its process here ends."""
+        self.released = True
         if not self._gone.is_set():
             self.link.tell(control.Quit())
 
@@ -167,8 +200,13 @@ class HostedGuest:
         """Idempotent: a guest that runs already answers with the same times."""
         answer = await self.link.order(control.Start(), control.Running, self.limits.guest_s)
         self.unpin(self.migration)
+        self._arrived = self._arrived or self.state is GuestState.INCOMING
         self.state, self.migration = GuestState.RUNNING, ""
         return Resumption(answer.stopped_at_ns, answer.resumed_at_ns)
+
+    def judged(self) -> None:
+        """See ``migd.migration.ports.DestinationGuest``."""
+        self._judged.set()
 
     async def self_check(self) -> SelfCheck:
         """GuestError if the guest ends before it reports."""

@@ -12,7 +12,8 @@ import sys
 import msgspec
 
 from migd.errors import MigdError
-from migd.guest.stub import GuestOptions, run_guest
+from migd.guest.options import GuestOptions
+from migd.guest.stub import run_guest
 
 _COMM_BYTES = 15
 

@@ -1,6 +1,6 @@
 """Machine: what a stub guest *is* - RAM, page allocator, and a journal of what it wrote where.
 
-The journal is the oracle of every test: the mmh3 digest of each owned page, taken from the source content
+The journal is the oracle of every test: the XXH3 digest of each owned page, taken from the source content
 before it is stored, never read back from RAM. RAM is written only by stores through the one mapping, since
 the kernel's dirty log sees nothing else (docs/safety.md, W13).
 """
@@ -11,12 +11,12 @@ import struct
 from collections.abc import Callable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-from mmh3 import mmh3_x64_128_digest
+from xxhash import xxh3_128_digest
 
 from migd.guest.allocator import MAX_RUN_PAGES, PageAllocator, PageRun
 from migd.ram.contract import FreeContract
 
-page_digest = mmh3_x64_128_digest
+page_digest = xxh3_128_digest
 """What ``migd.ram.digest.frame_digest`` is, without the numpy that comes with it."""
 
 PAGE_BYTES = 4096
@@ -32,11 +32,12 @@ _CHECK_PAGES = 256
 class Machine:
     """Guest RAM of ``pages`` pages in a shared mapping, whose owner stays the caller."""
 
-    def __init__(self, ram: mmap, contract: FreeContract) -> None:
+    def __init__(self, ram: mmap, contract: FreeContract, allocator: PageAllocator | None = None) -> None:
+        """``allocator``: of RAM that holds something already; the caller fills the journal of its pages."""
         self.ram = ram
         self.pages = len(ram) // PAGE_BYTES
         self.contract = contract
-        self.allocator = PageAllocator(self.pages)
+        self.allocator = allocator or PageAllocator(self.pages)
         self.journal = mmap(-1, self.pages * DIGEST_BYTES, MAP_PRIVATE | MAP_ANONYMOUS)
         """A digest per page; anonymous memory, since most rows are never touched."""
         self.sequence = 0
@@ -60,6 +61,13 @@ class Machine:
         if self.contract is FreeContract.ZERO:
             self._expect_zero(start, start + length)
         return start, start + length
+
+    def allocate_next(self, length: int, near: int) -> PageRun | None:
+        """The first free run at or behind page ``near``, cut to ``length``, checked as in ``allocate``."""
+        run = self.allocator.allocate_next(length, near)
+        if run is not None and self.contract is FreeContract.ZERO:
+            self._expect_zero(*run)
+        return run
 
     def write(self, start: int, content: memoryview, *, stamp: bool) -> None:
         """Store whole pages from page ``start`` on, all owned; ``stamp`` marks each in place first."""

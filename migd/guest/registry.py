@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from migd.errors import GuestError, MigdError, Refused, ResourceError
 from migd.guest import control
@@ -23,11 +24,14 @@ from migd.guest.control import Attach, GuestState
 from migd.guest.hint_receiver import SocketHints
 from migd.guest.hosted import HostedGuest
 from migd.guest.link import GuestLink
+from migd.guest.ram_supply import RamSupply
 from migd.guest.spawner import Spawner
 from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.ram.bitmap import PageBitmap
-from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock, RamLayout
+from migd.ram.block import MAX_RAM_PAGES, BlockShape
+from migd.ram.layout import RamLayout
+from migd.ram.provider import RamProvider
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,13 @@ _ACCEPT_PAUSE_S = 0.1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of guests and RAM blocks: they become parts of file names, and the destination takes no other."""
 _UCRED = struct.Struct("3i")
+
+
+class GuestObserver(Protocol):
+    """Is told of guests that come and go. No method may raise."""
+
+    def attached(self, guest: HostedGuest) -> None: ...
+    def detached(self, guest: HostedGuest) -> None: ...
 
 
 class GuestRegistry:
@@ -48,6 +59,9 @@ class GuestRegistry:
         spawn_command: Sequence[str],
         limits: Limits,
         returned: Callable[[HostedGuest], Awaitable[None]],
+        observer: GuestObserver,
+        *,
+        ram: RamProvider,
     ) -> None:
         """``returned`` is awaited for a guest that comes back paused or incoming after a daemon restart.
 
@@ -57,7 +71,9 @@ class GuestRegistry:
         self._spawner = Spawner(spawn_command, socket_path, log_dir)
         self._limits = limits
         self._returned = returned
+        self._observer = observer
         self.guests: dict[str, HostedGuest] = {}
+        self._supply = RamSupply(ram, self._rams)
         self._sock = control.new_socket()
         try:
             self._path.unlink(missing_ok=True)
@@ -71,7 +87,7 @@ class GuestRegistry:
 
     def get(self, name: str) -> HostedGuest:
         """MigdError, naming the guests there are, if it is not here."""
-        guest = self.guests.get(name)
+        guest = self._present(name)
         if guest is None:
             known = ", ".join(sorted(self.guests)) or "none"
             raise MigdError(f"no guest {name!r} is attached here (attached: {known})")
@@ -142,7 +158,7 @@ class GuestRegistry:
         if not isinstance(attach, Attach):
             control.close_all(fds)
             raise GuestError("a guest must begin with ATTACH")
-        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        _, uid = _peer_of(sock)
         if uid not in (os.getuid(), 0):
             control.close_all(fds)
             raise GuestError(f"a guest of user {uid} may not attach here")
@@ -155,6 +171,9 @@ class GuestRegistry:
         for name in (attach.name, *(block.name for block in attach.blocks)):
             if not _NAME.fullmatch(name):
                 raise Refused(f"{name[:80]!r} is no name: letters, digits and . _ -, at most 64 of them")
+        pages = sum(block.pages for block in attach.blocks)
+        if pages > MAX_RAM_PAGES:
+            raise Refused(f"{pages} pages of RAM in all, a guest has at most 2^32-1")
         known = self._present(attach.name)
         if known is not None:
             expected = known.state is GuestState.INCOMING and known.migration == attach.migration
@@ -170,46 +189,25 @@ class GuestRegistry:
             raise Refused(
                 f"guest {attach.name!r} is {attach.state} and brings no RAM: it belongs to nothing here"
             )
-        if fds and len(fds) != len(shapes):
-            raise Refused(f"{len(shapes)} RAM blocks and {len(fds)} descriptors")
+        if attach.read_only and not fds:
+            raise Refused(f"guest {attach.name!r} never writes its RAM and brings none")
         if fds:
-            ram = RamLayout([RamBlock.adopt(shape, fd) for shape, fd in zip(shapes, fds, strict=True)])
+            ram = self._supply.adopt(shapes, fds, read_only=attach.read_only)
         else:
-            ram = self._new_ram(shapes)
+            ram = self._supply.make(attach.name, shapes)
         return self._add(attach.name, ram, attach.state, attach.migration), not fds
 
-    def _new_ram(self, shapes: tuple[BlockShape, ...]) -> RamLayout:
-        """Fresh zero RAM (R11). ResourceError if the host has not so much memory to give."""
-        if not 0 < len(shapes) < control.MAX_PACKET_FDS:  # one more is the hint socket
-            raise Refused(f"a guest has 1 to {control.MAX_PACKET_FDS - 1} RAM blocks, not {len(shapes)}")
-        wanted = sum(shape.pages for shape in shapes) * PAGE_BYTES
-        free = _available_bytes() - self._promised_bytes()
-        if wanted > free:
-            raise ResourceError(
-                f"{wanted >> 20} MiB of guest RAM wanted, {max(0, free) >> 20} MiB can be given"
-            )
-        blocks: list[RamBlock] = []
-        try:
-            for shape in shapes:
-                blocks.append(RamBlock.create(shape))  # noqa: PERF401  # those made so far must be closed
-        except MigdError:
-            for block in blocks:
-                block.close()
-            raise
-        return RamLayout(blocks)
+    def free_bytes(self) -> int:
+        """RAM that a guest would be given now. ResourceError if the host does not tell."""
+        return self._supply.free_bytes()
 
-    def _promised_bytes(self) -> int:
-        """RAM of guests here that they have not touched yet, but may at any time."""
-        return sum(
-            guest.ram.bytes - sum(os.fstat(block.fd).st_blocks * 512 for block in guest.ram.blocks)
-            for guest in self.guests.values()
-            if not guest.gone
-        )
+    def _rams(self) -> list[RamLayout]:
+        return [guest.ram for guest in self.guests.values() if not guest.gone]
 
     def _present(self, name: str) -> HostedGuest | None:
-        """The guest of this name, unless it is gone and only its process waits to be reaped."""
+        """The guest of this name, unless only its process is left, to end or to be reaped."""
         guest = self.guests.get(name)
-        return None if guest is None or guest.gone else guest
+        return None if guest is None or guest.gone or guest.released else guest
 
     def _add(self, name: str, ram: RamLayout, state: GuestState, migration: str) -> HostedGuest:
         # Epochs never repeat for one RAM object (R5), not even after a daemon restart.
@@ -226,13 +224,18 @@ class GuestRegistry:
         except OSError as error:
             log.warning("guest %s could not be attached: %s", guest.name, error.strerror)
             sock.close()
+            if guest.process is None and new_ram:
+                guest.ram.unlink()  # nobody else has it
             self._remove(guest)
             return
+        if guest.process is None and guest.ram.named:
+            self._tasks.create_task(_unlink_at_end(guest.ram, _peer_of(sock)[0]))
         link = GuestLink(sock, guest.name)
         guest.connect(link, hints, attach.pid)
         log.info(
             "guest %s attached: %s, %d MiB, pid %d", guest.name, guest.state, guest.ram.bytes >> 20, guest.pid
         )
+        self._observer.attached(guest)
         try:
             if not new_ram and attach.state is not GuestState.RUNNING:
                 await self._returned(guest)
@@ -240,6 +243,7 @@ class GuestRegistry:
         finally:
             log.info("guest %s detached", guest.name)
             self._remove(guest)
+            self._observer.detached(guest)
 
     def _welcome(self, guest: HostedGuest, sock: socket.socket, new_ram: bool) -> SocketHints:
         """ATTACHED, with RAM if it is new to the guest, and a hint socket. OSError if that fails."""
@@ -265,7 +269,7 @@ class GuestRegistry:
         """See ``migd.migration.ports.GuestHost``."""
         if self._present(name) is not None:
             raise Refused(f"a guest named {name!r} is here already")
-        guest = self._add(name, self._new_ram(shapes), GuestState.INCOMING, migration)
+        guest = self._add(name, self._supply.make(name, shapes), GuestState.INCOMING, migration)
         guest.pin(migration)
         try:
             guest.process = self._spawner.spawn(name, migration)
@@ -274,6 +278,7 @@ class GuestRegistry:
             if guest.process is not None:
                 guest.process.kill()
                 guest.process.wait()
+            guest.ram.unlink()
             guest.unpin(migration)
             self._remove(guest)
             what = error.filename or "a process"
@@ -283,26 +288,46 @@ class GuestRegistry:
 
     async def _watch(self, guest: HostedGuest, process: subprocess.Popen[bytes], pidfd: int) -> None:
         """A spawned process is reaped when it ends, and missed even if it never attached."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        loop.add_reader(pidfd, ended.set)
         try:
-            await ended.wait()
+            await _ended(pidfd)
             process.wait()
+            guest.ram.unlink()
         finally:
-            loop.remove_reader(pidfd)
             os.close(pidfd)
             # It outlives its daemon on purpose: no warning from Popen's destructor.
             process.returncode = process.returncode or 0
         self._remove(guest)
 
 
-def _available_bytes() -> int:
+async def _unlink_at_end(ram: RamLayout, pid: int) -> None:
+    """The files that are a guest's RAM go once its process has ended; both may outlive their daemon."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError as error:
-        raise ResourceError(f"/proc/meminfo: {error.strerror}") from error
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ResourceError("/proc/meminfo has no MemAvailable")
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        ram.unlink()
+        return
+    except OSError as error:  # none left, or a process of another container: `migd clean` finds the files
+        log.warning("the end of process %d cannot be seen, its RAM files stay: %s", pid, error.strerror)
+        return
+    try:
+        await _ended(pidfd)
+        ram.unlink()
+    finally:
+        os.close(pidfd)
+
+
+async def _ended(pidfd: int) -> None:
+    """Returns when the process has ended."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+
+
+def _peer_of(sock: socket.socket) -> tuple[int, int]:
+    """Pid and user of the process at the other end, as the kernel has them."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid

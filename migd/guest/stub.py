@@ -14,18 +14,18 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 
 import msgspec
 
 from migd.errors import ConfigError, GuestError
 from migd.guest import control
-from migd.guest.content import PAGE_BYTES, PYTHON_INSTALLATION, FileContent
-from migd.guest.control import Block, GuestState
+from migd.guest.content import FileContent
+from migd.guest.control import GuestState
 from migd.guest.guest import Guest, prepare_arming
 from migd.guest.hint_answers import HintAnswers
-from migd.guest.workload import DEFAULT_RATES_BYTES_S, WorkloadKind, WorkloadPlan
-from migd.ram.contract import FreeContract
+from migd.guest.image import RamImage
+from migd.guest.options import GuestOptions
+from migd.guest.workload import WorkloadPlan
 
 CONNECT_S = 5.0
 """For the first connection, when the daemon may be busy with others."""
@@ -38,30 +38,6 @@ EXIT_ORPHAN = 1
 _STDOUT = 1
 _EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
-_CONTRACTS = {contract.name.lower(): contract for contract in FreeContract}
-
-
-@dataclass(frozen=True)
-class GuestOptions:
-    """What ``migd guest`` was asked for; checked by ``run_guest``."""
-
-    daemon: str
-    """Path of the daemon's guest socket."""
-    name: str
-    ram_bytes: int = 0
-    """A multiple of 4096; an incoming guest learns it from its daemon."""
-    workload: str = "churn"
-    """idle, churn, hog or write-heavy."""
-    rate_bytes_s: int | None = None
-    """0: as fast as it goes; None: DEFAULT_RATES_BYTES_S."""
-    live_fraction: float = 0.05
-    fill: tuple[str, ...] = (PYTHON_INSTALLATION,)
-    seed: int = 1
-    contract: str = "anything"
-    """What free pages hold when they are allocated again: anything, zero or none (nothing declared)."""
-    incoming: str = ""
-    """The migration this guest is spawned for, whose device state brings all but name and daemon."""
-
 
 def run_guest(options: GuestOptions) -> int:
     """Be that guest until it is told to quit, or killed: the exit code.
@@ -69,44 +45,17 @@ def run_guest(options: GuestOptions) -> int:
     0 quit or SIGTERM, 1 orphaned before it started, 3 declined by the daemon, 130 SIGINT. ConfigError names
     a wrong option or an absent daemon; GuestError means that the daemon broke off before it gave RAM.
     """
-    plan = _checked_plan(options)
-    content = None
-    if not options.incoming:
-        content = FileContent(plan.fill)
-        prepare_arming()
+    plan = options.plan()
+    content = None if options.incoming else FileContent(plan.fill)
     process = GuestProcess(options, plan, content)
     try:
+        if options.image:
+            process.serve(RamImage(options.image, options.free))
+        elif not options.incoming:
+            prepare_arming()
         return process.run()
     finally:
         process.close()
-
-
-def _checked_plan(options: GuestOptions) -> WorkloadPlan:
-    """The workload that the options describe. ConfigError naming the first wrong one."""
-    if not options.name:
-        raise ConfigError("--name: a guest needs a name")
-    if not options.incoming and (options.ram_bytes <= 0 or options.ram_bytes % PAGE_BYTES):
-        raise ConfigError(f"--ram: {options.ram_bytes} bytes is not a positive multiple of {PAGE_BYTES}")
-    if options.workload not in tuple(WorkloadKind):
-        raise ConfigError(f"--workload: {options.workload!r} is none of {', '.join(WorkloadKind)}")
-    if options.contract not in _CONTRACTS:
-        raise ConfigError(f"--contract: {options.contract!r} is none of {', '.join(_CONTRACTS)}")
-    if not 0 < options.live_fraction <= 0.9:
-        raise ConfigError(f"--live: {options.live_fraction} is not above 0 and at most 0.9")
-    if options.rate_bytes_s is not None and options.rate_bytes_s < 0:
-        raise ConfigError(f"--rate: {options.rate_bytes_s} bytes per second is negative")
-    if not 0 <= options.seed < 1 << 64:
-        raise ConfigError(f"--seed: {options.seed} is not between 0 and 2^64 - 1")
-    kind = WorkloadKind(options.workload)
-    rate = DEFAULT_RATES_BYTES_S[kind] if options.rate_bytes_s is None else options.rate_bytes_s
-    return WorkloadPlan(
-        kind=kind,
-        rate_bytes_s=rate,
-        live_fraction=options.live_fraction,
-        seed=options.seed,
-        contract=_CONTRACTS[options.contract],
-        fill=tuple(os.path.abspath(path) for path in options.fill),
-    )
 
 
 class GuestProcess:
@@ -129,12 +78,19 @@ class GuestProcess:
         self._hint_events = 0
         self._retry_at = 0.0
         self._lost_at = 0.0
+        self._has_attached = False
+        """Once at least: from then on it has something to lose, and looks for the next daemon."""
         self._announced = False
         self._report: control.Checked | None = None
         """What its last self-check found."""
         self._next_word_at = time.monotonic() + 1.0
         self._declined = False
         self._exit_code: int | None = None
+
+    def serve(self, image: RamImage) -> None:
+        """Be the guest of an image, which is ours if this succeeds."""
+        assert self._content is not None
+        self._guest.serve(image, self._content, self._plan)
 
     def run(self) -> int:
         """See ``run_guest``."""
@@ -185,15 +141,15 @@ class GuestProcess:
 
     def _watch_filling(self) -> None:
         """A line a second until the guest is ready, then one that says so."""
-        workload = self._guest.workload
-        if workload is None:
+        if not self._has_attached:
             return
-        if workload.ready:
+        if self._guest.ready:
             self._announced = True
             self._announce()
         elif time.monotonic() >= self._next_word_at:
             self._next_word_at = time.monotonic() + 1.0
-            self._say(f"filling: {workload.filled:.0%}")
+            doing = "reading" if self._options.image else "filling"
+            self._say(f"{doing}: {self._guest.filled:.0%}")
 
     def _on_signal(self) -> None:
         self._exit_code = _EXIT_CODES[self._signals.read()]
@@ -208,7 +164,7 @@ class GuestProcess:
         if machine is not None:
             self._say(
                 f"ready: {machine.pages} pages, {machine.allocator.owned_pages} owned, "
-                f"{self._options.workload}, free pages hold {self._options.contract}"
+                f"{self._plan.kind}, free pages hold {self._options.contract}"
             )
 
     def _report_exit(self) -> None:
@@ -236,20 +192,19 @@ class GuestProcess:
         self._selector.register(sock, selectors.EVENT_READ, self._on_control)
 
     def _introduction(self) -> control.Attach:
-        blocks = self._guest.blocks
-        if not blocks and not self._options.incoming:
-            blocks = (Block("ram", self._options.ram_bytes // PAGE_BYTES),)
+        ram = self._guest.ram
         return control.Attach(
             version=control.VERSION,
             name=self._options.name,
             pid=os.getpid(),
             state=self._guest.state,
-            blocks=blocks,
+            blocks=self._options.blocks if ram is None else ram.blocks,
             migration=self._guest.migration,
+            read_only=ram is not None and ram.read_only,
         )
 
     def _ram_fds(self) -> list[int]:
-        return [self._guest.ram_fd] if self._guest.blocks else []
+        return [] if self._guest.ram is None else list(self._guest.ram.fds)
 
     def _reconnect(self, now: float) -> None:
         if self._guest.state is GuestState.INCOMING and now - self._lost_at > ORPHAN_S:
@@ -264,7 +219,7 @@ class GuestProcess:
 
     def _disconnect(self) -> None:
         """The daemon is gone: nobody harvests, nobody takes hints; the guest goes on as it is."""
-        if not self._guest.blocks:
+        if not self._has_attached:
             raise GuestError(f"the daemon at {self._options.daemon} broke off before it attached the guest")
         if self._control is not None:
             self._selector.unregister(self._control)
@@ -303,7 +258,7 @@ class GuestProcess:
             self._obey(message, fds)
         except (GuestError, OSError) as error:  # OSError: no memory or descriptor left, or a false one
             self._send(control.Failed(id=message.id, reason=str(error)))
-            if not self._guest.blocks:  # what the daemon passed is no RAM: nothing to go on with
+            if not self._has_attached:  # what the daemon passed is no RAM: nothing to go on with
                 raise
         finally:
             control.close_all(fds)
@@ -318,8 +273,8 @@ class GuestProcess:
             case control.Declined(reason=reason):
                 self._refused(reason)
             case control.Arm():
-                address, pagemap_fd = self._guest.arm()
-                self._send(control.Armed(id=message.id, addresses=(address,)), [pagemap_fd])
+                addresses, pagemap_fd = self._guest.arm()
+                self._send(control.Armed(id=message.id, addresses=tuple(addresses)), [pagemap_fd])
             case control.Disarm():
                 self._guest.disarm()
                 self._send(control.Done(id=message.id))
@@ -336,8 +291,9 @@ class GuestProcess:
                 self._exit_code = 0
 
     def _attached(self, message: control.Attached, fds: list[int]) -> None:
-        if not self._guest.blocks:
+        if self._guest.ram is None:
             self._adopt(message, fds)
+        self._has_attached = True
         self._lost_at = 0.0
         self._declined = False
         self._drop_hints()
@@ -350,15 +306,13 @@ class GuestProcess:
 
     def _adopt(self, message: control.Attached, fds: list[int]) -> None:
         """RAM comes with the first answer. A daemon that does not bring it cannot have this guest."""
-        if len(message.blocks) != 1 or not fds:
-            raise GuestError(
-                f"{len(message.blocks)} RAM blocks and {len(fds)} descriptors; a stub has 1 block"
-            )
-        block = message.blocks[0]
-        if not self._options.incoming and block.pages * PAGE_BYTES != self._options.ram_bytes:
-            raise GuestError(f"{block.pages} pages of RAM instead of {self._options.ram_bytes // PAGE_BYTES}")
-        self._guest.adopt_ram(block, fds[0])
-        fds.pop(0)
+        count = len(message.blocks)
+        if not count or len(fds) < count:
+            raise GuestError(f"the daemon gave {count} RAM blocks and {len(fds)} descriptors")
+        if not self._options.incoming and message.blocks != self._options.blocks:
+            raise GuestError(f"the daemon gave RAM of {_sizes(message)} pages, not what was asked for")
+        self._guest.adopt_ram(message.blocks, fds[:count])
+        del fds[:count]
         if self._content is not None:
             self._guest.begin(self._content, self._plan)
 
@@ -366,7 +320,7 @@ class GuestProcess:
         """A new guest ends here; one with RAM has something to lose, and tries again."""
         if not self._declined:
             sys.stderr.write(f"guest {self._options.name}: the daemon declined: {reason}\n")
-        if self._guest.blocks:
+        if self._has_attached:
             self._declined = True
             self._disconnect()
         else:
@@ -427,6 +381,10 @@ class GuestProcess:
         if self._hint_socket is not None:
             self._hint_socket.close()
             self._hint_socket = None
+
+
+def _sizes(message: control.Attached) -> str:
+    return " + ".join(str(block.pages) for block in message.blocks)
 
 
 class _SignalPipe:

@@ -2,6 +2,9 @@
 
 Every step is an operation on at most one run of 64 pages and ends at a safe point, so that whoever drives it
 may pause, arm or answer between any two.
+
+What a guest does (its kind) and what its memory looks like are chosen apart: the live set is a share of RAM,
+in runs of some length; the rest was never touched, or is zero, or holds old data.
 """
 
 from __future__ import annotations
@@ -20,8 +23,19 @@ from migd.ram.contract import FreeContract
 HOG_FRACTION = 0.95
 """How much of RAM the hog fills before it lets go of it."""
 
+PACKED_FROM = 0.9
+"""A larger live set lies from page 0 upwards: scattered, it would be searched ever longer for ever less."""
+
 _CATCH_UP_S = 0.05
 """A guest that fell behind its rate (a slice lost to the scheduler, a pause) makes up for at most this."""
+
+MAX_APART_PAGES = MAX_RUN_PAGES - 2
+"""The longest run that an allocation finds together with the free pages on both its sides."""
+MAX_APART_LIVE = 0.4
+"""Single pages put down at random, none next to another, leave no room for one more at 0.43 (Renyi's parking
+problem on a line of pages); longer runs come further."""
+
+_ZEROS = memoryview(bytes(MAX_RUN_PAGES * PAGE_BYTES))
 
 Counter = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """Whatever arrives in a device state stays small enough to be counted on, and stamped as a u64."""
@@ -33,6 +47,15 @@ class WorkloadKind(StrEnum):
     CHURN = "churn"
     HOG = "hog"
     WRITE_HEAVY = "write-heavy"
+
+
+class Rest(StrEnum):
+    """What the pages beside the live set hold once a guest is ready."""
+
+    UNTOUCHED = "untouched"
+    ZEROED = "zeroed"
+    FREED = "freed"
+    """Old data, as the hog leaves it."""
 
 
 DEFAULT_RATES_BYTES_S = {
@@ -58,10 +81,14 @@ class WorkloadPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     kind: WorkloadKind
     rate_bytes_s: Counter
-    live_fraction: Annotated[float, msgspec.Meta(gt=0, le=0.9)]
+    live_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)]
     seed: Unsigned
     contract: FreeContract
     fill: tuple[str, ...]
+    rest: Rest = Rest.UNTOUCHED
+    """A hog's is FREED, but for the share that HOG_FRACTION leaves."""
+    run_pages: Annotated[int, msgspec.Meta(ge=0, le=MAX_APART_PAGES)] = 0
+    """Live runs have 1 to this many pages, and a free page on either side; 0: up to 64, wherever they fit."""
 
 
 class WorkloadProgress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -124,7 +151,10 @@ class Workload:
         self._content = content
         self._random = SeededRandom(plan.seed)
         self._live_pages = max(1, int(machine.pages * plan.live_fraction))
-        self._hog_pages = max(self._live_pages, int(machine.pages * HOG_FRACTION))
+        self._packed = plan.live_fraction > PACKED_FROM
+        self._hogs = plan.kind is WorkloadKind.HOG or plan.rest is not Rest.UNTOUCHED
+        hog_fraction = HOG_FRACTION if plan.kind is WorkloadKind.HOG else 1.0
+        self._hog_pages = max(self._live_pages, int(machine.pages * hog_fraction))
         self._pace = Pace(plan.rate_bytes_s)
 
     def resume(self, progress: WorkloadProgress, live: list[PageRun], hog: list[PageRun]) -> None:
@@ -146,7 +176,7 @@ class Workload:
     @property
     def filled(self) -> float:
         """How much of what is to be filled before it is ready is filled: 0 to 1."""
-        aim = self._hog_pages if self.plan.kind is WorkloadKind.HOG else self._live_pages
+        aim = self._hog_pages if self._hogs else self._live_pages
         return min(1.0, self._machine.allocator.owned_pages / aim)
 
     def wait_s(self, now: float) -> float | None:
@@ -176,7 +206,7 @@ class Workload:
         missing = self._live_pages - self._machine.allocator.owned_pages
         run = self._allocate(min(missing, self._run_length())) if missing > 0 else None
         if run is None:
-            self.progress.phase = Phase.FILL_HOG if self.plan.kind is WorkloadKind.HOG else Phase.STEADY
+            self.progress.phase = Phase.FILL_HOG if self._hogs else Phase.STEADY
             return
         self._store(run, stamp=False)
         self.live.append(run)
@@ -184,11 +214,14 @@ class Workload:
     def _fill_hog(self) -> None:
         missing = self._hog_pages - self._machine.allocator.owned_pages
         length = min(missing, MAX_RUN_PAGES)
-        run = self._machine.allocate(length, self.progress.cursor) if missing > 0 else None
+        run = self._machine.allocate_next(length, self.progress.cursor) if missing > 0 else None
         if run is None:
             self.progress.phase = Phase.FREE_HOG
             return
-        self._store(run, stamp=False)
+        if self.plan.rest is Rest.ZEROED:
+            self._machine.write(run[0], _ZEROS[: (run[1] - run[0]) * PAGE_BYTES], stamp=False)
+        else:
+            self._store(run, stamp=False)
         self.hog.append(run)
         self.progress.cursor = run[1]
 
@@ -224,10 +257,31 @@ class Workload:
         self.progress.rewritten_pages += run[1] - run[0]
 
     def _run_length(self) -> int:
-        return 1 + self._random.below(MAX_RUN_PAGES)
+        return MAX_RUN_PAGES if self._packed else 1 + self._random.below(self.plan.run_pages or MAX_RUN_PAGES)
 
     def _allocate(self, length: int) -> PageRun | None:
-        return self._machine.allocate(length, self._random.below(self._machine.pages))
+        if self._packed:
+            return self._machine.allocate(length, self.live[-1][1] if self.live else 0)
+        near = self._random.below(self._machine.pages)
+        return (
+            self._allocate_apart(length, near)
+            if self.plan.run_pages
+            else self._machine.allocate(length, near)
+        )
+
+    def _allocate_apart(self, length: int, near: int) -> PageRun | None:
+        """A run with a free page on either side, so that two runs never touch and become one."""
+        room = self._machine.allocate(length + 2, near)
+        if room is None:
+            return None
+        start, stop = room[0] + 1, room[1] - 1
+        allocator = self._machine.allocator
+        if start >= stop:
+            allocator.free(*room)
+            return None
+        allocator.free(room[0], start)
+        allocator.free(stop, room[1])
+        return start, stop
 
     def _store(self, run: PageRun, *, stamp: bool) -> None:
         self._machine.write(run[0], self._content.take(run[1] - run[0]), stamp=stamp)

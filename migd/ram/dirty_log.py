@@ -40,16 +40,14 @@ class WriteProtection:
         try:
             self._fd = linux.userfaultfd()
         except OSError as error:
-            raise LiveUnsupported(
-                f"the kernel cannot track writes ({error.strerror}); use --paused"
-            ) from error
+            raise LiveUnsupported(f"the kernel cannot track writes ({error.strerror})") from error
         try:
             for address, length in mappings:
                 linux.write_protect_register(self._fd, address, length)
             self.pagemap_fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             os.close(self._fd)
-            raise LiveUnsupported(f"arming write tracking failed ({error.strerror}); use --paused") from error
+            raise LiveUnsupported(f"arming write tracking failed ({error.strerror})") from error
 
     def close(self) -> None:
         """Stop logging and let the mapping go."""
@@ -63,6 +61,8 @@ class KernelDirtyLog:
     """The daemon's half: harvests what an armed guest wrote. Owns ``pagemap_fd`` until ``close``."""
 
     name = "userfaultfd"
+    sees_writes = True
+    cost_s = 0.0  # 0.4 to 2 ms a GiB: part of what every pause takes
 
     def __init__(self, pagemap_fd: int, ranges: list[ArmedRange], pages: int) -> None:
         self._fd = pagemap_fd
@@ -80,7 +80,11 @@ class KernelDirtyLog:
             if int((covered[:, 1] - covered[:, 0]).sum()) != length:
                 raise GuestError(f"the guest armed less than the {length} bytes at {armed.address:#x}")
 
-    def harvest(self) -> PageBitmap:
+    async def harvest(self) -> PageBitmap:
+        """``collect``, in one step: nothing else runs on the loop between the scan and its use."""
+        return self.collect()
+
+    def collect(self) -> PageBitmap:
         """Atomic get-and-clear (R3). GuestError if the guest died or disarmed meanwhile.
 
         A dead guest's pagemap scans as empty rather than failing, so the caller must know that the guest

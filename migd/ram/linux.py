@@ -1,4 +1,4 @@
-"""The Linux calls that Python lacks: userfaultfd write-protection, PAGEMAP_SCAN and fallocate.
+"""The Linux calls that Python lacks: userfaultfd write-protection, PAGEMAP_SCAN, fallocate and a few more.
 
 Numbers and layouts are those of x86-64 and aarch64 ``linux/userfaultfd.h`` and ``linux/fs.h``. Errors are
 OSError as the kernel gives them; what they mean for a migration is decided by the callers.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import platform
 import struct
@@ -17,6 +18,21 @@ from numpy.typing import NDArray
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
+_libc.process_vm_writev.argtypes = (
+    ctypes.c_int,
+    ctypes.POINTER(_Iovec),
+    ctypes.c_ulong,
+    ctypes.POINTER(_Iovec),
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
 
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_USER_MODE_ONLY = 1
@@ -118,9 +134,63 @@ def _protect(pagemap_fd: int, address: int, length: int, category: int) -> NDArr
     return np.concatenate(found) if found else np.zeros((0, 2), np.uint64)
 
 
+_PAGEMAP_ENTRY = struct.Struct("<Q")
+_PAGEMAP_SOFT_DIRTY = 1 << 55
+
+
+def soft_dirty() -> bool:
+    """Whether this kernel marks written pages as soft-dirty, found out by writing one.
+
+    Not usable as a dirty log, only reported: reading the marks and clearing them are two steps, and what a
+    running guest writes in between is lost (W06).
+    """
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:
+            page[0] = 1
+            address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+            offset = address // mmap.PAGESIZE * _PAGEMAP_ENTRY.size
+            (entry,) = _PAGEMAP_ENTRY.unpack(os.pread(pagemap, _PAGEMAP_ENTRY.size, offset))
+    finally:
+        os.close(pagemap)
+    return bool(entry & _PAGEMAP_SOFT_DIRTY)
+
+
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Make a range of a file read as zero and give its memory back."""
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
     if _libc.fallocate(fd, mode, offset, length) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"fallocate(PUNCH_HOLE): {os.strerror(code)}")
+
+
+HUGETLBFS = 0x958458F6
+TMPFS = 0x01021994
+"""Of both `linux/magic.h`; a memfd is a file of one or the other."""
+
+_STATFS_BYTES = 120
+
+
+def filesystem_type(fd: int) -> int:
+    """The magic number of the file system that a descriptor's file is on."""
+    answer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(fd, answer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"fstatfs: {os.strerror(code)}")
+    return int(struct.unpack_from("<q", answer)[0]) & 0xFFFF_FFFF
+
+
+def store(address: int, data: NDArray[np.uint8]) -> None:
+    """Copy contiguous bytes to an address of this process; OSError (EFAULT) where a store would be SIGBUS."""
+    done = 0
+    while done < data.nbytes:
+        ours = _Iovec(data.ctypes.data + done, data.nbytes - done)
+        theirs = _Iovec(address + done, data.nbytes - done)
+        count = _libc.process_vm_writev(os.getpid(), ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
+        if count <= 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"process_vm_writev: {os.strerror(code)}")
+        done += count

@@ -11,6 +11,7 @@ from migd.guest.allocator import MAX_RUN_PAGES, PageAllocator, count_runs, runs_
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("allocate"), st.integers(1, MAX_RUN_PAGES), st.integers(0, 400)),
+        st.tuples(st.just("next"), st.integers(1, MAX_RUN_PAGES), st.integers(0, 400)),
         st.tuples(st.just("free"), st.integers(0, 50), st.integers(0, 50)),
     ),
     max_size=60,
@@ -43,6 +44,16 @@ def test_it_is_a_set_of_free_pages(pages: int, steps: list[tuple[str, int, int]]
             if start is not None:
                 owned |= set(range(start, start + first))
                 runs.append((start, start + first))
+        elif step == "next":
+            run = allocator.allocate_next(first, second)
+            free = [page for page in range(second, pages) if page not in owned]
+            assert (run[0] if run else None) == (free[0] if free else None)
+            if run is not None:
+                start, stop = run
+                assert owned.isdisjoint(range(start, stop))
+                assert stop - start == first or stop == pages or stop in owned
+                owned |= set(range(start, stop))
+                runs.append(run)
         elif runs:
             start, stop = runs.pop(first % len(runs))
             allocator.free(start, stop)

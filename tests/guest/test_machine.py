@@ -269,7 +269,7 @@ def test_every_write_of_churn_is_in_the_dirty_log(contract: FreeContract) -> Non
     except LiveUnsupported as error:
         pytest.skip(str(error))
     log = KernelDirtyLog(os.dup(protection.pagemap_fd), [ArmedRange(address, PAGES, 0)], PAGES)
-    log.harvest()
+    log.collect()
     for _ in range(10):
         before, sequence = bytes(machine.journal), machine.sequence
         for _ in range(20):
@@ -283,7 +283,7 @@ def test_every_write_of_churn_is_in_the_dirty_log(contract: FreeContract) -> Non
         }
         assert machine.sequence > sequence
         assert changed
-        assert changed <= set(log.harvest().indices().tolist())
-    assert log.harvest().count() == 0
+        assert changed <= set(log.collect().indices().tolist())
+    assert log.collect().count() == 0
     log.close()
     protection.close()

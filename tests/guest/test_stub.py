@@ -20,19 +20,21 @@ import pytest
 from migd.errors import ConfigError
 from migd.guest import control, hints
 from migd.guest.hint_answers import FRAME_PAGES, answer
-from migd.guest.stub import GuestOptions, run_guest
+from migd.guest.options import GuestOptions
+from migd.guest.stub import run_guest
 from migd.ram.bitmap import PageBitmap
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog
+from tests.support.placing import put_pages
 
 PAGES = 32 << 8  # 32 MiB
 RAM_BYTES = PAGES * PAGE_BYTES
 WAIT_S = 10.0
 CODE = """
 import sys
-from migd.guest import stub
+from migd.guest import options, stub
 {before}
-sys.exit(stub.run_guest(stub.GuestOptions(**{options})))
+sys.exit(stub.run_guest(options.GuestOptions(**{options})))
 """
 
 M = TypeVar("M")
@@ -155,7 +157,7 @@ class Daemon:
 
     def new_guest(self, **options: object) -> tuple[subprocess.Popen[str], Connection, RamBlock]:
         """A guest that is ready."""
-        guest = self.spawn(ram_bytes=RAM_BYTES, **options)
+        guest = self.spawn(**{"ram_bytes": (RAM_BYTES,), **options})
         connection = self.connection()
         ram = RamBlock.create(BlockShape("ram", PAGES))
         connection.accept(connection.attach.blocks, [ram.fd])
@@ -202,7 +204,7 @@ def copied(ram: RamBlock, free: PageBitmap) -> RamBlock:
     """Fresh RAM with the pages that are not free, as a migration leaves it."""
     copy = RamBlock.create(BlockShape("ram", ram.pages))
     owned = (PageBitmap.full(ram.pages) - free).indices()
-    copy.write(owned, ram.read(owned, np.empty((len(owned), PAGE_BYTES), np.uint8)))
+    put_pages(copy, owned, ram.read(owned, np.empty((len(owned), PAGE_BYTES), np.uint8)))
     return copy
 
 
@@ -315,14 +317,14 @@ def test_what_it_writes_is_harvested_from_outside(daemon: Daemon) -> None:
         guest.ask(control.Arm)
         armed, fds = guest.expect(control.Armed)
     log = KernelDirtyLog(fds[0], [ArmedRange(armed.addresses[0], PAGES, 0)], PAGES)
-    log.harvest()
+    log.collect()
     before = ram.view.copy()
     time.sleep(0.1)
     guest.pause("m1")
     changed = np.flatnonzero((ram.view != before).any(axis=1))
     assert len(changed)
-    assert set(changed.tolist()) <= set(log.harvest().indices().tolist())
-    assert not log.harvest()
+    assert set(changed.tolist()) <= set(log.collect().indices().tolist())
+    assert not log.collect()
     guest.ask(control.Disarm)
     guest.expect(control.Done)
     log.close()
@@ -478,13 +480,13 @@ def test_a_signal_ends_it_between_two_slices(
 
 
 def test_declined_is_one_line_and_exit_3(daemon: Daemon) -> None:
-    guest = daemon.spawn(ram_bytes=RAM_BYTES)
+    guest = daemon.spawn(ram_bytes=(RAM_BYTES,))
     control.send(daemon.connection().control, control.Declined(reason="the name is taken"))
     assert end(guest) == (3, "", "guest vm1: the daemon declined: the name is taken\n")
 
 
 def test_ram_of_the_wrong_size_is_no_ram(daemon: Daemon) -> None:
-    guest = daemon.spawn(ram_bytes=RAM_BYTES)
+    guest = daemon.spawn(ram_bytes=(RAM_BYTES,))
     connection = daemon.connection()
     ram = RamBlock.create(BlockShape("ram", PAGES - 1))
     connection.accept(connection.attach.blocks, [ram.fd])
@@ -494,7 +496,7 @@ def test_ram_of_the_wrong_size_is_no_ram(daemon: Daemon) -> None:
 
 
 def test_it_answers_while_it_fills(daemon: Daemon) -> None:
-    guest = daemon.spawn(ram_bytes=RAM_BYTES * 8, workload="hog")
+    guest = daemon.spawn(ram_bytes=(RAM_BYTES * 8,), workload="hog")
     connection = daemon.connection()
     ram = RamBlock.create(BlockShape("ram", PAGES * 8))
     connection.accept(connection.attach.blocks, [ram.fd])
@@ -510,12 +512,21 @@ def test_it_answers_while_it_fills(daemon: Daemon) -> None:
     ("wrong", "names"),
     [
         ({"name": ""}, "--name"),
-        ({"ram_bytes": 4097}, "--ram"),
-        ({"ram_bytes": 0}, "--ram"),
+        ({"ram_bytes": (4097,)}, "--ram: 4097 bytes"),
+        ({"ram_bytes": (0,)}, "--ram: 0 bytes"),
+        ({"ram_bytes": (4096, -4096)}, "--ram: -4096 bytes"),
+        ({"ram_bytes": ()}, "--ram: a guest has 1 to 15 RAM blocks, not 0"),
+        ({"ram_bytes": (4096,) * 16}, "--ram: a guest has 1 to 15 RAM blocks, not 16"),
+        ({"free": "bits"}, "--free: it says what is free in an --image"),
+        ({"image": "ram"}, "--ram: the RAM of an image is as large as its file"),
+        ({"image": "ram", "ram_bytes": (), "workload": "churn"}, "--workload: .* idle, not churn"),
         ({"workload": "weird"}, "--workload"),
         ({"contract": "poison"}, "--contract"),
         ({"live_fraction": 0.0}, "--live"),
         ({"live_fraction": 1.5}, "--live"),
+        ({"rest": "dirty"}, "--rest"),
+        ({"run_pages": 63}, "--run-pages: 63 is not between 0 and 62"),
+        ({"run_pages": 4, "live_fraction": 0.5}, "--run-pages: with --live above 0.4"),
         ({"rate_bytes_s": -1}, "--rate"),
         ({"seed": -1}, "--seed"),
         ({"fill": ("/nowhere",)}, "--fill"),
@@ -523,6 +534,6 @@ def test_it_answers_while_it_fills(daemon: Daemon) -> None:
     ],
 )
 def test_a_wrong_option_is_named(wrong: dict[str, object], names: str) -> None:
-    options = {"daemon": "/nowhere", "name": "vm1", "ram_bytes": 1 << 20, **wrong}
+    options = {"daemon": "/nowhere", "name": "vm1", "ram_bytes": (1 << 20,), **wrong}
     with pytest.raises(ConfigError, match=names):
         run_guest(GuestOptions(**options))  # type: ignore[arg-type]

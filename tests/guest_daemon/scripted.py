@@ -17,6 +17,7 @@ from migd.guest.hosted import HostedGuest
 from migd.guest.registry import GuestRegistry
 from migd.limits import Limits
 from migd.ram.block import BlockShape, RamBlock
+from migd.ram.provider import provider
 
 PAGES = 256
 MIGRATION = "0123456789abcdef" * 2
@@ -80,6 +81,19 @@ class ScriptedGuest:
         self.sock.close()
 
 
+class Visits:
+    """See ``migd.guest.registry.GuestObserver``: who came and went."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def attached(self, guest: HostedGuest) -> None:
+        self.seen.append(("attached", guest.name))
+
+    def detached(self, guest: HostedGuest) -> None:
+        self.seen.append(("detached", guest.name))
+
+
 @dataclass
 class House:
     """A running registry and what it reported."""
@@ -87,6 +101,7 @@ class House:
     registry: GuestRegistry
     path: Path
     returned: list[HostedGuest]
+    visits: Visits
     _dialled: list[ScriptedGuest] = field(default_factory=list)
 
     def dial(self) -> ScriptedGuest:
@@ -119,6 +134,7 @@ async def house(
     directory: Path,
     command: Sequence[str] = ("sleep", "60"),
     returned: Callable[[HostedGuest], Awaitable[None]] | None = None,
+    ram: str = "memfd",
     **limits: float,
 ) -> AsyncIterator[House]:
     """A registry that runs while the context is entered."""
@@ -128,10 +144,13 @@ async def house(
         back.append(guest)
 
     path = directory / "guest.sock"
-    registry = GuestRegistry(path, directory, command, Limits(**limits), returned or note)
+    visits = Visits()
+    registry = GuestRegistry(
+        path, directory, command, Limits(**limits), returned or note, visits, ram=provider(ram)
+    )
     running = asyncio.create_task(registry.run())
     await asyncio.sleep(0)
-    home = House(registry, path, back)
+    home = House(registry, path, back, visits)
     try:
         yield home
         assert not running.done(), "the registry ended by itself"

@@ -22,10 +22,12 @@ from migd.guest.link import GuestLink
 from migd.guest.registry import GuestRegistry
 from migd.limits import Limits
 from migd.ram.block import BlockShape
+from migd.ram.provider import MemfdRam
 from tests.guest_daemon.scripted import (
     MIGRATION,
     PAGES,
     ScriptedGuest,
+    Visits,
     attach,
     house,
     open_fds,
@@ -117,14 +119,8 @@ async def test_epochs_of_two_attachments_never_meet(tmp_path: Path) -> None:
 # -- declined -------------------------------------------------------------------------------------------
 
 
-def unsealed() -> int:
-    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, PAGES * 4096)
-    return fd
-
-
-def file_of_that_size() -> int:
-    fd = os.open("/var/tmp", os.O_TMPFILE | os.O_RDWR)
+def appending() -> int:
+    fd = os.open("/var/tmp", os.O_TMPFILE | os.O_RDWR | os.O_APPEND)
     os.ftruncate(fd, PAGES * 4096)
     return fd
 
@@ -155,20 +151,24 @@ DECLINED: list[tuple[str, control.Attach, list[Callable[[], int]], str]] = [
     ("too many blocks", attach(blocks=tuple(Block(f"b{n}", 1) for n in range(16))), [], "not 16"),
     ("a block of no pages", attach(blocks=(Block("ram", 0),)), [], "0 pages is not between"),
     ("a block of negative size", attach(blocks=(Block("ram", -1),)), [], "-1 pages is not between"),
-    ("a block beyond all numbers", attach(blocks=(Block("ram", 1 << 63),)), [], "RAM wanted"),
-    ("more RAM than there is", attach(blocks=(Block("ram", 64 * TIB),)), [], "MiB of guest RAM wanted"),
+    ("a block beyond all numbers", attach(blocks=(Block("ram", 1 << 63),)), [], "pages of RAM in all"),
+    ("more blocks than a guest may have pages", attach(blocks=(Block("a", 1 << 31), Block("b", 1 << 31))), [],
+     r"4294967296 pages of RAM in all, a guest has at most 2\^32-1"),
+    ("more RAM than there is", attach(blocks=(Block("ram", 15 * TIB),)), [], "MiB of guest RAM wanted"),
     ("paused without RAM", attach(state=GuestState.PAUSED), [], "is paused and brings no RAM"),
     ("incoming, unknown", attach(state=GuestState.INCOMING), [], "is incoming and brings no RAM"),
     ("RAM of another size", attach(), [lambda: ram_fd(PAGES + 1)], "256 pages announced, the file has"),
     ("more descriptors than blocks", attach(), [ram_fd, ram_fd], "1 RAM blocks and 2 descriptors"),
     ("fewer descriptors than blocks", attach(blocks=(Block("a", PAGES), Block("b", PAGES))), [ram_fd],
      "2 RAM blocks and 1 descriptors"),
-    ("RAM that is a file", attach(), [file_of_that_size], "the memfd is not sealed|not a memfd"),
-    ("RAM that is a socket", attach(), [two_ends], "the file has 0 bytes"),
-    ("RAM that may shrink", attach(), [unsealed], "not sealed against resizing"),
-    ("RAM that cannot be written", attach(), [read_only], "cannot be written through"),
+    ("RAM that is only appended to", attach(), [appending], "opened with O_APPEND"),
+    ("RAM that is a socket", attach(), [two_ends], "'ram': the descriptor is no regular file"),
+    ("RAM that is a directory", attach(), [lambda: os.open("/", os.O_RDONLY)], "no regular file"),
+    ("RAM that cannot be written", attach(), [read_only], "cannot be read and written through"),
+    ("RAM that is never written, but could be", attach(read_only=True), [ram_fd], "can be written through"),
+    ("RAM that is never written, and none", attach(read_only=True), [], "and brings none"),
     ("a second block that is wrong", attach(blocks=(Block("a", PAGES), Block("b", PAGES))),
-     [ram_fd, unsealed], "not sealed"),
+     [ram_fd, appending], "RAM block 'b': .*O_APPEND"),
 ]  # fmt: skip
 
 
@@ -301,12 +301,27 @@ async def test_no_descriptors_left_at_any_step_of_attaching(tmp_path: Path, left
         await home.attached(attach(name="vm2"))
 
 
+async def test_a_guest_that_was_let_go_does_not_keep_its_name(tmp_path: Path) -> None:
+    """Its process takes a moment to end, and the guest may be on its way back already."""
+    async with house(tmp_path) as home:
+        guest, process = await home.attached()
+        await guest.release()
+        assert isinstance(await process.hear(), control.Quit)
+        with pytest.raises(MigdError, match="no guest 'vm1' is attached here"):
+            home.registry.get("vm1")
+        back = home.registry.create("vm1", MIGRATION, SHAPES)
+        process.close()
+        await until(lambda: home.visits.seen == [("attached", "vm1"), ("detached", "vm1")])
+        assert home.registry.get("vm1") is back
+        await back.discard()
+
+
 def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
     async def returned(_guest: HostedGuest) -> None: ...
 
     for path in (tmp_path / "no" / "guest.sock", tmp_path / ("x" * 120)):
         with pytest.raises(ResourceError, match=f"guest socket {path}: "):
-            GuestRegistry(path, tmp_path, ["true"], Limits(), returned)
+            GuestRegistry(path, tmp_path, ["true"], Limits(), returned, Visits(), ram=MemfdRam())
 
 
 async def test_the_socket_is_private_and_removed_in_the_end(tmp_path: Path) -> None:
@@ -490,12 +505,13 @@ async def test_arming_with_a_guest_that_lies(
         os.close(null)
 
 
-async def test_a_guest_that_cannot_arm_can_only_be_moved_paused(tmp_path: Path) -> None:
+async def test_a_guest_that_cannot_arm_says_why(tmp_path: Path) -> None:
+    """Then the session compares content, unless it was told not to (tests/sessions/test_compare_log.py)."""
     async with house(tmp_path) as home:
         hosted, guest = await home.attached()
         arming = asyncio.create_task(hosted.arm())
-        await guest.answer(control.Failed(reason="the kernel cannot track writes; use --paused"))
-        with pytest.raises(LiveUnsupported, match="use --paused") as error:
+        await guest.answer(control.Failed(reason="the kernel cannot track writes"))
+        with pytest.raises(LiveUnsupported, match="refused ARM: the kernel cannot track writes") as error:
             await arming
         assert error.value.exit_code == 3
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gzip
 import mmap
 import os
 import random
@@ -26,6 +27,7 @@ from migd.errors import GuestError, LiveUnsupported
 from migd.ram import linux
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog, WriteProtection
+from tests.support.placing import put_pages
 
 COUNT = struct.Struct("<cI")
 """Command, and how many u32 page numbers follow; W: an iteration number comes first."""
@@ -89,7 +91,7 @@ class Child:
         if self.log is not None:
             self.log.close()
         self.log = KernelDirtyLog(fds[0], [ArmedRange(self.address, self.pages, 0)], self.pages)
-        self.log.harvest()
+        self.log.collect()
         return self.log
 
     def write(self, pages: Iterable[int], value: int = 1) -> None:
@@ -105,7 +107,7 @@ class Child:
 
     def harvest(self) -> set[int]:
         assert self.log is not None
-        return set(self.log.harvest().indices().tolist())
+        return set(self.log.collect().indices().tolist())
 
     def kill(self) -> None:
         self.process.kill()
@@ -191,7 +193,7 @@ def test_system_calls_that_write_through_the_mapping_are_seen(child: Child) -> N
 
 def test_pwrite_on_the_memfd_is_not_seen_which_is_why_nobody_may_do_it(child: Child) -> None:
     child.arm()
-    child.ram.write(np.array([8]), np.ones((1, PAGE_BYTES), np.uint8))
+    put_pages(child.ram, np.array([8]), np.ones((1, PAGE_BYTES), np.uint8))
     assert child.harvest() == set()
 
 
@@ -217,7 +219,7 @@ def test_a_writer_that_does_not_wait_for_the_harvest_loses_nothing(child: Child)
     copy = np.zeros(child.pages, np.uint32)
 
     def collect() -> None:
-        for page in log.harvest().indices().tolist():  # the mark is cleared, then the page is read (R8)
+        for page in log.collect().indices().tolist():  # the mark is cleared, then the page is read (R8)
             copy[page] = struct.unpack("<I", os.pread(child.ram.fd, 4, page * PAGE_BYTES))[0]
 
     for number in range(1, 30):
@@ -253,9 +255,9 @@ def test_two_ranges_land_at_their_places_in_the_layout(child: Child) -> None:
         child.pages,
     )
     child.write([0, half - 1, half, child.pages - 1])
-    assert swapped.harvest().indices().tolist() == [0, half - 1, half, child.pages - 1]
+    assert swapped.collect().indices().tolist() == [0, half - 1, half, child.pages - 1]
     child.write([1, half + 2])
-    assert swapped.harvest().indices().tolist() == [2, half + 1]
+    assert swapped.collect().indices().tolist() == [2, half + 1]
     swapped.close()
     swapped.close()
 
@@ -265,7 +267,7 @@ def test_disarm_and_arm_again(child: Child) -> None:
     child.write([1, 2])
     child.do(b"D")
     with pytest.raises(GuestError, match="the guest died or disarmed"):
-        log.harvest()
+        log.collect()
     child.write([3])  # in between nothing is logged: R2 sends everything again
     child.arm()
     assert child.harvest() == set()
@@ -279,7 +281,7 @@ def test_the_log_of_a_dead_guest_never_invents_pages(child: Child) -> None:
     child.write([1])
     child.kill()
     with contextlib.suppress(GuestError):
-        assert not log.harvest()
+        assert not log.collect()
 
 
 @pytest.mark.parametrize("offset", [1, 1 << 46])
@@ -287,7 +289,7 @@ def test_a_guest_that_lies_about_its_addresses_is_a_guest_error(child: Child, of
     log = child.arm()
     lying = KernelDirtyLog(os.dup(log._fd), [ArmedRange(child.address + offset, 16, 0)], child.pages)
     with pytest.raises(GuestError):
-        lying.harvest()
+        lying.collect()
     lying.close()
 
 
@@ -299,7 +301,7 @@ def test_where_nothing_is_mapped_nothing_is_ever_dirty(child: Child) -> None:
         os.dup(log._fd), [ArmedRange(child.address - PAGE_BYTES * (1 << 20), 16, 0)], child.pages
     )
     child.write([1, 2])
-    assert not lying.harvest()
+    assert not lying.collect()
     lying.close()
 
 
@@ -308,20 +310,20 @@ def test_an_address_that_is_none_is_a_guest_error(child: Child, address: int) ->
     log = child.arm()
     lying = KernelDirtyLog(os.dup(log._fd), [ArmedRange(address, 16, 0)], child.pages)
     with pytest.raises(GuestError):
-        lying.harvest()
+        lying.collect()
     lying.close()
 
 
 def test_a_descriptor_that_is_no_pagemap_is_a_guest_error() -> None:
     log = KernelDirtyLog(os.open("/dev/null", os.O_RDONLY), [ArmedRange(0x10000, 1, 0)], 1)
     with pytest.raises(GuestError):
-        log.harvest()
+        log.collect()
     log.close()
 
 
 def test_arming_what_is_no_mapping_is_refused_and_leaks_nothing() -> None:
     before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(LiveUnsupported, match="use --paused"):
+    with pytest.raises(LiveUnsupported, match="arming write tracking failed"):
         WriteProtection([(0x1000, PAGE_BYTES)])
     assert set(os.listdir("/proc/self/fd")) == before
 
@@ -334,3 +336,15 @@ def test_arming_and_disarming_leaks_nothing() -> None:
             WriteProtection([(ctypes.addressof(pointer), 16 * PAGE_BYTES)]).close()
         assert set(os.listdir("/proc/self/fd")) == before
         del pointer
+
+
+def test_this_kernel_marks_pages_as_soft_dirty_if_it_was_built_to() -> None:
+    """Found out by writing a page, and nothing is left open; the kernel's configuration says the same."""
+    before = set(os.listdir("/proc/self/fd"))
+    found = linux.soft_dirty()
+    assert set(os.listdir("/proc/self/fd")) == before
+    try:
+        built = gzip.decompress(Path("/proc/config.gz").read_bytes()).decode()
+    except OSError:
+        pytest.skip("this kernel does not tell its configuration")
+    assert found is ("CONFIG_MEM_SOFT_DIRTY=y" in built)

@@ -13,7 +13,8 @@ import sys
 import traceback
 
 from migd.guest.guest import prepare_arming
-from migd.guest.stub import GuestOptions, run_guest
+from migd.guest.options import GuestOptions
+from migd.guest.stub import run_guest
 
 
 def _be_guest(line: str) -> None:
