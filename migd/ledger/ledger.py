@@ -63,6 +63,8 @@ class Tally:
     """Refused because the epoch is not the open one, or none is (R4, R5)."""
     rescued: int = 0
     """Skipped, but not free in the guest's bitmap at pause (R14). 0 for every right guest."""
+    reclaimed: int = 0
+    """The same under a log that compares content: normal there, the page was taken into use (R19)."""
     trimmed: int = 0
     """Still to send at pause, but free in that bitmap."""
     dirtied: int = 0
@@ -96,14 +98,22 @@ class Ledger(Generic[P]):
         self._free_cursor = 0  # the same for FREE records
         self.open_epoch: int | None = None
         self.contract = FreeContract.NONE
+        self._sees_writes = True
+        self._harvested = False
+        self._settled = False
         self.tally = Tally()
 
     # -- an attempt begins and ends -----------------------------------------------------------------
 
-    def arm(self, contract: FreeContract) -> None:
-        """Begin an attempt, after the dirty log was armed (R1): all pages to send (R2), old epochs void."""
+    def arm(self, contract: FreeContract, *, sees_writes: bool = True) -> None:
+        """Begin an attempt, after the dirty log was armed (R1): all pages to send (R2), old epochs void.
+
+        A log that does not see writes, but content that is not what was last sent, says nothing of skipped
+        pages: then there is no END with any before ``settle`` (R19).
+        """
         self._begin()
         self.contract = contract
+        self._sees_writes = sees_writes
         self.armed = True
 
     def cancel(self) -> None:
@@ -115,6 +125,8 @@ class Ledger(Generic[P]):
         """These pages were found never to have been written: not sent. Looked for after arming (R20)."""
         self._require(self.armed, "holes are looked for after arming (R20)")
         self._require(not self._picked, "holes come before the first pick")
+        # It names no page that was not sent yet, so what it finds does not tell whether the look is too old.
+        self._require(self._sees_writes or not self._harvested, "a comparing log: holes come before it (R19)")
         # A page may have been written, and harvested, since it was looked at.
         still = (holes & self.to_send) - self._dirty_since_arming
         self.to_send -= still
@@ -185,6 +197,7 @@ class Ledger(Generic[P]):
         self._cursor = 0
         self._dirty_since_arming |= dirty
         self._dirty_since_issue |= dirty
+        self._harvested = True
         count = dirty.count()
         self.tally.dirtied += count
         return count
@@ -273,6 +286,7 @@ class Ledger(Generic[P]):
         """
         self._require(not self._picked, "the pause bitmap comes behind the barrier")
         self.close_epoch()
+        self._settled = True
         rescue = self.skipped - free_at_pause
         self.skipped -= rescue
         self.to_send |= rescue
@@ -281,7 +295,10 @@ class Ledger(Generic[P]):
         kept = self.free_pending - free_at_pause
         self.free_pending -= kept
         rescued = rescue.count() + (kept - rescue).count()
-        self.tally.rescued += rescued
+        if self._sees_writes:
+            self.tally.rescued += rescued
+        else:
+            self.tally.reclaimed += rescue.count()
         if trim and self.contract is not FreeContract.NONE:
             self.tally.trimmed += self._apply_free(free_at_pause & self.to_send)
         return rescued
@@ -291,6 +308,8 @@ class Ledger(Generic[P]):
         self._require(not self.to_send, "END with pages to send")
         self._require(not self.in_flight, "END with pages in flight")
         self._require(not self.free_pending, "END with FREE records pending (R11)")
+        known = self._sees_writes or self._settled or not self.skipped
+        self._require(known, "END with skipped pages that nobody vouches for (R19)")
         self.check()
 
     # -- the identity -------------------------------------------------------------------------------

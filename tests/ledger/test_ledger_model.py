@@ -29,6 +29,7 @@ COMPLETE: list[tuple[str, dict[str, Any], int]] = [
     ("holes, looked for at any time", {"epochs": 1, "holes": True, "contract": ANYTHING}, 20_000),
     ("holes and init_on_free", {"epochs": 1, "holes": True, "contract": ZERO}, 15_000),
     ("a guest that lies until it is caught", {"epochs": 1, "liar": True, "contract": ANYTHING}, 12_000),
+    ("time to pass in every harvest", {"epochs": 1, "awaits": True, "contract": ANYTHING}, 12_000),
 ]
 
 
@@ -64,7 +65,8 @@ def test_the_first_states_of_two_pages_are_right(contract: FreeContract, capsys:
 def test_the_search_takes_every_kind_of_step() -> None:
     searches = [run(pages=1, **bounds) for _, bounds, _ in COMPLETE]
     assert {action for found in searches for action in found.actions} == {
-        "arm", "cancel", "pause", "look for holes", "mark holes", "harvest", "barrier", "settle", "END",
+        "arm", "cancel", "pause", "look for holes", "mark holes", "look for dirty pages", "harvest",
+        "barrier", "settle", "END",
         "request epoch #", "guest answers epoch #", "hint # of epoch # arrives", "distrust the hints",
         "guest writes #", "guest writes zeros to #", "guest frees #", "guest allocates and writes #",
         "guest allocates # and counts on zeros", "pick #", "pick_free #", "read #",
@@ -82,9 +84,9 @@ class RequestsBeforeArming(Ledger[Pages]):  # W01
         self.armed, self.contract = True, ANYTHING
         return super().issue()
 
-    def arm(self, contract: FreeContract) -> None:
+    def arm(self, contract: FreeContract, *, sees_writes: bool = True) -> None:
         epoch = self.open_epoch
-        super().arm(contract)
+        super().arm(contract, sees_writes=sees_writes)
         self.open_epoch = epoch
 
 
@@ -95,8 +97,8 @@ class AppliesLateHints(Ledger[Pages]):  # W02, W03
 
 
 class ReusesEpochs(Ledger[Pages]):  # W04
-    def arm(self, contract: FreeContract) -> None:
-        super().arm(contract)
+    def arm(self, contract: FreeContract, *, sees_writes: bool = True) -> None:
+        super().arm(contract, sees_writes=sees_writes)
         self._next_epoch = 1
 
 
@@ -178,6 +180,14 @@ class ForgetsAFreeRecordOnceDirty(Ledger[Pages]):
 # -- mutants of the world around it ---------------------------------------------------------------------
 
 
+class ReadsTheMarksThenClearsThem(Model):  # W06: soft-dirty
+    def look(self, state: Any) -> tuple[int, Any]:
+        return state.kernel, state
+
+    def told(self, state: Any) -> Any:
+        return state._replace(found=0, kernel=0)
+
+
 class ClearsTheMarkAfterTheRead(Model):  # W07
     def after_record(self, kernel: int, page: int) -> int:
         return kernel & ~page
@@ -229,6 +239,7 @@ LEDGER_MUTANTS: list[tuple[str, type[Ledger[Pages]], dict[str, Any]]] = [
     ("R11", ForgetsAFreeRecordOnceDirty, {"epochs": 1}),
 ]
 WORLD_MUTANTS: list[tuple[str, type[Model], dict[str, Any]]] = [
+    ("W06", ReadsTheMarksThenClearsThem, {"epochs": 0, "awaits": True}),
     ("W07", ClearsTheMarkAfterTheRead, {"epochs": 0}),
     ("W08", HintClearsTheDirtyLog, {"epochs": 1}),
     ("W11", DoesNotWaitAtTheBarrier, {"epochs": 0}),

@@ -12,6 +12,9 @@ Three abstractions keep it finite, and lose nothing:
   the last record since the barrier, and the set of values the page may hold from before. Streams race, so
   a page with records in two of them may end up with either. Streams are interchangeable, hence sorted.
 - A hint, once in the channel, stays there: it can be delivered now, later, twice, or never.
+
+Both halves of a harvest, the look and what the ledger makes of it, are steps of their own if a search asks
+for it (``awaits``): the session does nothing in between, while guest and hints go on.
 """
 
 from __future__ import annotations
@@ -52,6 +55,9 @@ class State(NamedTuple):
     cancels: int
     distrusted: bool
     ledger: tuple[Any, ...]
+    found: int = 0  # pages + 1 that a harvest has found and not yet told the ledger of, else 0
+    memory: tuple[int, ...] = ()  # what each page holds, where a log compares (tests.support.compare_model)
+    digests: tuple[int, ...] = ()  # of each page, what that log takes for the bytes last sent
 
 
 Step = tuple[str, State]
@@ -65,6 +71,11 @@ class Model:
     contract = FreeContract.ANYTHING
     liar = False
     """The guest hints what it likes; a state counts only after the hints were distrusted (R7)."""
+    sees_writes = True
+    contents: tuple[tuple[str, int], ...] = (("", 1),)
+    """What the guest may write besides zeros: in the name of the step, and for ``_write``."""
+    names: tuple[tuple[int, str], ...] = ((ZERO, "zeros"), (OLD, "an old copy"), (CURRENT, "a copy"))
+    """Of what a record may carry."""
 
     def __init__(
         self,
@@ -76,9 +87,10 @@ class Model:
         contract: FreeContract = FreeContract.ANYTHING,
         liar: bool = False,
         holes: bool = False,
+        awaits: bool = False,
     ) -> None:
         self.ledger_class, self.pages, self.epochs, self.cancels = ledger, pages, epochs, cancels
-        self.contract, self.liar, self.holes = contract, liar, holes
+        self.contract, self.liar, self.holes, self.awaits = contract, liar, holes, awaits
         self.all = (1 << pages) - 1
         self._table = [IntPages(pages, bits) for bits in range(1 << pages)]
         first = ledger(pages, IntPages)
@@ -153,6 +165,28 @@ class Model:
     def drained(self, before: int, streams: tuple[int, int]) -> int:
         return streams[0] | streams[1] or before
 
+    # -- what depends on the kind of log -----------------------------------------------------------------
+
+    def content(self, state: State, p: int) -> int:
+        """What page p holds, and so what the destination must hold in the end."""
+        return CURRENT if state.nonzero >> p & 1 else ZERO
+
+    def look(self, state: State) -> tuple[int, State]:
+        """The first half of a harvest: what it finds, and the state after it (R3: in one step)."""
+        return state.kernel, state._replace(kernel=0)
+
+    def told(self, state: State) -> State:
+        """The second half is over."""
+        return state._replace(found=0)
+
+    def record(self, state: State, p: int, value: int) -> State:
+        """A record with this content of page p was put into a stream."""
+        return state._replace(kernel=self.after_record(state.kernel, 1 << p))
+
+    def remembered(self, state: State) -> int:
+        """Pages that somebody will still send, whatever the destination holds."""
+        return state.kernel | max(0, state.found - 1) | self.view(state.ledger).to_send.bits
+
     # -- the search --------------------------------------------------------------------------------------
 
     def initial(self) -> Iterator[State]:
@@ -178,7 +212,8 @@ class Model:
         for p in range(self.pages):
             page = 1 << p
             if state.allocated & page:
-                yield f"guest writes {p}", self._write(state, p, 1)
+                for name, value in self.contents:
+                    yield f"guest writes {name}{p}", self._write(state, p, value)
                 yield f"guest writes zeros to {p}", self._write(state, p, 0)
                 freed = state._replace(allocated=state.allocated & ~page)
                 if self.contract is FreeContract.ZERO:
@@ -186,7 +221,8 @@ class Model:
                 yield f"guest frees {p}", freed
             else:
                 taken = state._replace(allocated=state.allocated | page)
-                yield f"guest allocates and writes {p}", self._write(taken, p, 1)
+                for name, value in self.contents:
+                    yield f"guest allocates and writes {name}{p}", self._write(taken, p, value)
                 if self.contract is FreeContract.ZERO:
                     yield f"guest allocates {p} and counts on zeros", taken
         for epoch in range(1, self.epochs + 1):
@@ -226,10 +262,7 @@ class Model:
         phase = state.phase
         nobody = (NOTHING,) * self.pages
         if phase == IDLE:
-            armed = self._with(
-                state, "arm", self.contract, phase=RUNNING, kernel=0, old_list=self.all & ~state.allocated
-            )
-            yield "arm", armed
+            yield "arm", self._arm(state)
             return
         if state.cancels:
             yield (
@@ -245,9 +278,13 @@ class Model:
                     before=(self.fresh(),) * self.pages,
                     cancels=state.cancels - 1,
                     distrusted=False,
+                    found=0,
                 ),
             )
         if phase == ENDED:
+            return
+        if state.found:
+            yield "harvest", self._harvest(state)
             return
         if phase == RUNNING:
             yield "pause", state._replace(phase=PAUSED)
@@ -258,16 +295,10 @@ class Model:
                 "mark holes",
                 self._with(state, "mark_holes", self._table[self.all & ~(state.scanned - 1)], scanned=0),
             )
-        yield (
-            "harvest",
-            self._with(
-                state,
-                "harvest",
-                self._table[state.kernel],
-                kernel=0,
-                phase=HARVESTED if phase == PAUSED else phase,
-            ),
-        )
+        if not self.awaits:
+            yield "harvest", self._harvest(self._look(state))
+        elif not self.view(state.ledger)._picked:
+            yield "look for dirty pages", self._look(state)
         yield (
             "barrier",
             self._with(
@@ -281,6 +312,23 @@ class Model:
             yield "settle", self._settle(state)
             yield "END", self._with(state, "finish", phase=ENDED)
 
+    def _arm(self, state: State) -> State | None:
+        outcome = self.call(state.ledger, "arm", self.contract, sees_writes=self.sees_writes)
+        if outcome is None:
+            return None
+        free = self.all & ~state.allocated
+        return state._replace(ledger=outcome[0], phase=RUNNING, kernel=0, old_list=free)
+
+    def _look(self, state: State) -> State:
+        found, after = self.look(state)
+        return after._replace(found=found + 1)
+
+    def _harvest(self, state: State) -> State | None:
+        after = self._with(state, "harvest", self._table[state.found - 1])
+        if after is None:
+            return None
+        return self.told(after)._replace(phase=HARVESTED if state.phase == PAUSED else state.phase)
+
     def _settle(self, state: State) -> State | None:
         free = self._table[self.all & ~state.allocated]
         outcome = self.call(state.ledger, "settle", free, trim=not self.liar)
@@ -288,7 +336,7 @@ class Model:
 
     def _hints(self, state: State) -> Iterator[tuple[str, State | None]]:
         asked = self.view(state.ledger)._next_epoch > self.epochs
-        if not asked and not state.distrusted and state.phase != ENDED:
+        if not asked and not state.distrusted and state.phase != ENDED and not state.found:
             outcome = self.call(state.ledger, "issue")
             if outcome is not None:
                 after, epoch = outcome
@@ -302,23 +350,23 @@ class Model:
                     kernel = self.after_hint(state.kernel, 1 << p)
                     after = self._with(state, "hint", epoch, self._table[1 << p], kernel=kernel)
                     yield f"hint {p} of epoch {epoch} arrives", after
-        if self.liar and state.phase != IDLE and not state.distrusted:
+        if self.liar and state.phase != IDLE and not state.distrusted and not state.found:
             yield "distrust the hints", self._with(state, "distrust_hints", distrusted=True)
 
     def _senders(self, state: State) -> Iterator[tuple[str, State | None]]:
-        if state.phase in (IDLE, ENDED):
+        if state.phase in (IDLE, ENDED) or state.found:
             return
         for method, reader in (("pick", PICKED), ("pick_free", FREEING)):
             outcome = self.call(state.ledger, method, 1)
             if outcome is not None and outcome[1]:
                 p = outcome[1].stop() - 1
                 if state.readers[p] == NOTHING:
-                    readers = _replaced(state.readers, p, reader)
+                    readers = replaced(state.readers, p, reader)
                     yield f"{method} {p}", state._replace(ledger=outcome[0], readers=readers)
         for p, reader in enumerate(state.readers):
             if reader == PICKED:
-                value = CURRENT if state.nonzero >> p & 1 else ZERO
-                yield f"read {p}", state._replace(readers=_replaced(state.readers, p, value))
+                readers = replaced(state.readers, p, self.content(state, p))
+                yield f"read {p}", state._replace(readers=readers)
             elif reader != NOTHING:
                 yield from self._push(state, p, reader)
 
@@ -335,16 +383,13 @@ class Model:
             outcome = self.call(state.ledger, "sent_pages", page)
         if outcome is None:
             return
-        after = state._replace(
-            ledger=outcome[0],
-            readers=_replaced(state.readers, p, NOTHING),
-            kernel=self.after_record(state.kernel, 1 << p),
-        )
+        value = ZERO if reader == FREEING else reader
+        after = self.record(state._replace(ledger=outcome[0]), p, value)
+        after = after._replace(readers=replaced(state.readers, p, NOTHING))
         if not record:
             yield f"no record for zero page {p}", after
             return
-        value = ZERO if reader == FREEING else reader
-        name = {ZERO: "zeros", OLD: "an old copy", CURRENT: "a copy"}[value]
+        name = dict(self.names)[value]
         last = state.streams[p]
         for stream in (0, 1) if last[0] != last[1] else (0,):
             other = last[1 - stream]
@@ -352,7 +397,7 @@ class Model:
             which = "another stream than the last" if other else "a stream"
             yield (
                 f"record: {name} of {p} on {which}",
-                after._replace(streams=_replaced(after.streams, p, pair)),
+                after._replace(streams=replaced(after.streams, p, pair)),
             )
 
     # -- the invariant -------------------------------------------------------------------------------------
@@ -369,12 +414,12 @@ class Model:
             union |= bits
         if total != self.pages or union != self.all:
             return "R17: a page is in no state, or in two"
-        remembered = state.kernel | ledger.to_send.bits
-        free_zero = ledger.free_pending.bits & ledger.skipped.bits & ~state.nonzero
+        remembered = self.remembered(state)
+        owed = ledger.free_pending.bits & ledger.skipped.bits
         for p in range(self.pages):
             page, reader = 1 << p, state.readers[p]
             possible = self.drained(state.before[p], state.streams[p])
-            right = CURRENT if state.nonzero & page else ZERO
+            right = self.content(state, p)
             if ledger.skipped.bits & ~ledger.free_pending.bits & page and possible != ZERO:
                 return f"R11: page {p} is skipped and may not read as zero"
             if not (state.allocated & page or self.contract is FreeContract.ZERO):
@@ -390,12 +435,12 @@ class Model:
             elif reader != NOTHING:
                 if reader != right:
                     return f"page {p} was read too early and nobody remembers"
-            elif possible != right and not free_zero & page:
+            elif possible != right and not (owed & page and right == ZERO):
                 return f"page {p} is forgotten"
         return None
 
 
-def _replaced(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+def replaced(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
     return (*values[:at], value, *values[at + 1 :])
 
 

@@ -193,5 +193,32 @@ class World:
         return {page for page in _list(self.ledger.skipped) if self.destination[page] != ZERO}
 
 
+class CompareWorld(World):
+    """The same without a log of writes (R19): a page holds one of three contents, so that bytes come back."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.source = [content and 1 for content in self.source]
+        self.digests: dict[int, int] = {}
+
+    def write(self, *pages: int, content: int | None = None) -> None:
+        super().write(*pages, content=self.chance.randrange(1, 4) if content is None else content)
+
+    def arm(self) -> None:
+        super().arm()
+        self.digests.clear()
+        self.ledger.arm(self.contract, sees_writes=False)
+
+    def push(self, batch: Batch) -> None:
+        if not batch.free:
+            self.digests.update(batch.read)  # of the copy, whatever the page holds by now (W25)
+        super().push(batch)
+
+    def harvest(self) -> int:
+        sent = {page for page in _list(self.ledger.sent) if self.source[page] != self.digests[page]}
+        clear = _list(self.ledger.zero) + _list(self.ledger.hole)
+        return self.ledger.harvest(self.set(*sent, *(page for page in clear if self.source[page] != ZERO)))
+
+
 def _list(pages: Any) -> list[int]:
     return list(pages) if hasattr(pages, "__iter__") else pages.indices().tolist()

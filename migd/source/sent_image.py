@@ -1,0 +1,128 @@
+"""SentImage: what was last sent of each page, and which pages of this RAM are no longer that.
+
+Two questions have this one answer. The tracking verification asks it of a paused guest: whatever differs was
+written and not logged. The compare log asks it instead of a kernel (R19). Both must ask about the bytes that
+were *sent*, so digests are taken from the private copy that goes on the wire, never from RAM (W25).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migd.ledger.ledger import Ledger
+from migd.migration.ports import Worker
+from migd.ram.bitmap import PageBitmap, PageIndices, Run
+from migd.ram.block import PAGE_BYTES
+from migd.ram.digest import DIGEST_BYTES, keyed_page_digests, page_digests
+from migd.ram.layout import RamLayout
+from migd.ram.zero import zero_pages
+from migd.tasks import together
+
+Pages: TypeAlias = NDArray[np.uint8]
+"""Content of pages, shape (n, 4096)."""
+
+_Compare: TypeAlias = Callable[[PageIndices, Pages], NDArray[np.bool_]]
+_Slice: TypeAlias = tuple[_Compare, PageIndices]
+
+_SLICE_PAGES = 1 << 12
+"""16 MiB to a job of the worker, 4 to 30 ms: between two jobs it can be cancelled, and lanes end together."""
+
+_BATCH_PAGES = 512
+"""2 MiB are read and digested at a time: they stay in the processor's cache."""
+
+
+class SentDigests:
+    """The digest of each page as last sent: 16 bytes a page.
+
+    Without a ``key`` it is the digest on the wire, which finds accidents and costs nothing here. With one it
+    is keyed: no guest can choose a page that looks like another (R18).
+    """
+
+    def __init__(self, pages: int, key: bytes = b"") -> None:
+        # calloc: rows of pages that are never sent never become resident.
+        self._table: NDArray[np.uint8] = np.zeros((pages, DIGEST_BYTES), np.uint8)
+        self._key = key
+
+    def put(self, runs: list[Run], copies: Pages, wire_digests: bytes) -> None:
+        """Remember the copies of pages that are sent, shape (n, 4096), with their digests, 16 bytes each."""
+        if self._key:
+            digests = keyed_page_digests(copies, self._key)
+        else:
+            digests = np.frombuffer(wire_digests, np.uint8).reshape(-1, DIGEST_BYTES)
+        row = 0
+        for start, stop in runs:
+            self._table[start:stop] = digests[row : row + stop - start]
+            row += stop - start
+
+    def differ(self, indices: PageIndices, pages: Pages) -> NDArray[np.bool_]:
+        """Which of these pages are not as last sent, shape (n,)."""
+        now = keyed_page_digests(pages, self._key) if self._key else page_digests(pages)
+        differs: NDArray[np.bool_] = (self._table[indices] != now).any(axis=1)
+        return differs
+
+
+class SentImage:
+    """The destination's RAM as it was sent, by digest; compared in a worker, ``lanes`` slices at a time."""
+
+    def __init__(
+        self, ram: RamLayout, ledger: Ledger[PageBitmap], worker: Worker, *, lanes: int, key: bytes = b""
+    ) -> None:
+        self._ram = ram
+        self._ledger = ledger
+        self._worker = worker
+        self._lanes = lanes
+        self.digests = SentDigests(ram.pages, key)
+
+    async def differing(self) -> PageBitmap:
+        """Pages of this RAM that differ from what was last sent of them; only behind a barrier.
+
+        What was sent is compared by digest; what never was, zero pages and holes, must still be zero. Pages
+        to send, or skipped as free, have been sent nothing that could still be right: they are not looked at.
+        """
+        slices = self._slices(await self._unsent())
+        found = await together(*(self._lane(slices) for _ in range(self._lanes)))
+        return functools.reduce(operator.ior, found)
+
+    async def _lane(self, slices: Iterator[_Slice]) -> PageBitmap:
+        """Whatever slices the other lanes leave over."""
+        found = PageBitmap(self._ledger.pages)
+        for compare, indices in slices:
+            found |= await self._worker.run(self._differing_of, compare, indices)
+        return found
+
+    async def _unsent(self) -> PageBitmap:
+        """Zero pages, and holes that are none any more: reading those allocates nothing."""
+        hole = self._ledger.hole.copy()
+        if not hole:
+            return self._ledger.zero
+        return self._ledger.zero | await self._worker.run(self._ram.touched, hole)
+
+    def _slices(self, unsent: PageBitmap) -> Iterator[_Slice]:
+        parts: tuple[tuple[_Compare, PageBitmap], ...] = (
+            (self.digests.differ, self._ledger.sent),
+            (_not_zero, unsent),
+        )
+        for compare, pages in parts:
+            start = 0
+            while part := pages.lowest(_SLICE_PAGES, start):
+                start = part.stop()
+                yield compare, part.indices()
+
+    def _differing_of(self, compare: _Compare, indices: PageIndices) -> PageBitmap:
+        """Those of the pages that differ, read in batches that fit the processor's cache."""
+        scratch = np.empty((_BATCH_PAGES, PAGE_BYTES), np.uint8)
+        differs = np.zeros(len(indices), np.bool_)
+        for low in range(0, len(indices), _BATCH_PAGES):
+            batch = indices[low : low + _BATCH_PAGES]
+            differs[low : low + len(batch)] = compare(batch, self._ram.read(batch, scratch))
+        return PageBitmap.of(self._ledger.pages, indices[differs])
+
+
+def _not_zero(_indices: PageIndices, pages: Pages) -> NDArray[np.bool_]:
+    return ~zero_pages(pages)
