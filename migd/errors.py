@@ -5,7 +5,7 @@
     MigdError                     1   the migration failed; the guest runs on the source
      +-- ConfigError              2   bad configuration, option or usage: nothing was started
      +-- GuestError               1   the guest is silent, dead or lies
-     |    +-- LiveUnsupported     3   no write tracking: only a paused migration is possible
+     |    +-- LiveUnsupported     3   the dirty log that was asked for is not to be had here
      +-- PeerError                1   the other daemon
      |    +-- PeerLost            1   connection lost or silent for too long
      |    +-- ProtocolError       1   bytes that break the protocol: wrong length, digest, order
@@ -15,11 +15,26 @@
      +-- LedgerError              70  our own bug: an accounting rule would be broken; the attempt is void
      +-- Cancelled                130 the operator cancelled; the guest runs on the source
      +-- OutcomeUnknown           4   GO was sent and no answer came: the guest stays paused until resolved
+     +-- TimedOut                 124 a caller's own time for waiting is over: what it waited for goes on
 
 ``migd`` prints ``str(error)`` as one line and exits with ``exit_code``.
 """
 
 from __future__ import annotations
+
+EXIT_CODES = {
+    0: "done",
+    1: "failed; the guest runs on at the source, unless it is the guest itself that ended",
+    2: "wrong usage or configuration; nothing was started",
+    3: "refused or impossible here: no write tracking, no memory, a port in use, or the peer said no",
+    4: "the outcome is unknown; a paused guest stays so until `migd resolve`, `migd status` says which",
+    5: "verification failed: if it was late, the guest is paused at the destination and the source keeps "
+    "its memory",
+    70: "a bug in migd: an accounting rule would have been broken, and the attempt was given up",
+    124: "whoever waited or watched has stopped; the migration goes on",
+    130: "cancelled; the guest runs on at the source",
+}
+"""What each exit code of ``migd`` means, in a ``Result``, too; README and docs/api.md show them."""
 
 
 class MigdError(Exception):
@@ -39,7 +54,7 @@ class GuestError(MigdError):
 
 
 class LiveUnsupported(GuestError):
-    """Writes cannot be tracked here, so only ``--paused`` is safe."""
+    """The kernel does not track writes here; only the compare log, or ``--paused``, is safe."""
 
     exit_code = 3
 
@@ -90,6 +105,29 @@ class OutcomeUnknown(MigdError):
     """GO was sent and no answer came; only the destination, or an operator, may decide."""
 
     exit_code = 4
+
+
+class TimedOut(MigdError):
+    """Whoever waited for something has waited as long as they wanted to; it goes on."""
+
+    exit_code = 124
+
+
+def of_exit_code(exit_code: int, text: str) -> MigdError:
+    """The error behind an exit code that another process gives, with its words.
+
+    Several errors share 1 and 3: these are MigdError itself and Refused.
+    """
+    kinds: dict[int, type[MigdError]] = {
+        2: ConfigError,
+        3: Refused,
+        4: OutcomeUnknown,
+        5: VerificationError,
+        70: LedgerError,
+        124: TimedOut,
+        130: Cancelled,
+    }
+    return kinds.get(exit_code, MigdError)(text)
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +19,13 @@ from migd.errors import ResourceError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SOCKET_PATH_BYTES = 107
+SOCKET_PATH_BYTES = 107
+"""The kernel's limit for the path of a unix socket."""
+
+
+def utc_now() -> str:
+    """The wall clock as RFC 3339 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 class MonotonicClock:
@@ -45,6 +52,8 @@ class ThreadWorker:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait({future})
+            if not future.cancelled():
+                future.exception()  # nobody is left to hear of it
             raise
 
     def close(self) -> None:
@@ -67,7 +76,7 @@ class RuntimeDir:
 
     def __enter__(self) -> Path:
         path = self._path
-        if len(os.fsencode(path / "control.sock")) > _SOCKET_PATH_BYTES:
+        if len(os.fsencode(path / "control.sock")) > SOCKET_PATH_BYTES:
             raise ResourceError(
                 f"runtime directory {path}: too long for a unix socket path, choose a shorter"
             )

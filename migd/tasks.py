@@ -27,6 +27,16 @@ async def guarded(work: Coroutine[Any, Any, T], *guards: Coroutine[Any, Any, Non
     return task.result()
 
 
+async def together(*works: Coroutine[Any, Any, T]) -> list[T]:
+    """The results of all, in order. The first that fails cancels the others; its error comes out bare."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as error:
+        raise first_cause(error) from error
+    return [task.result() for task in tasks]
+
+
 class Runner:
     """A background coroutine with an owner: it runs until it fails or is stopped."""
 

@@ -1,4 +1,4 @@
-"""guarded and Runner: results, whose failure surfaces, cancellation, and that no task is left behind."""
+"""guarded, together, Runner: results, whose failure surfaces, cancellation, and that no task is left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from migd.errors import first_cause
-from migd.tasks import Runner, guarded
+from migd.tasks import Runner, guarded, together
 
 
 class Failure(Exception):
@@ -147,6 +147,42 @@ async def test_work_that_is_cancelled_from_inside_is_cancelled() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await guarded(give_up(), Watched().forever())
+
+
+# -- together -------------------------------------------------------------------------------------------
+
+
+async def test_the_results_of_all_in_their_order() -> None:
+    async def after(turns: int) -> int:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return turns
+
+    assert await together(after(3), after(0), after(1)) == [3, 0, 1]
+    assert await together() == []
+
+
+async def test_the_first_of_several_that_fails_ends_the_others_and_comes_out_bare() -> None:
+    other = Watched()
+
+    async def fail() -> None:
+        await other.began.wait()
+        raise Failure
+
+    with pytest.raises(Failure):
+        await together(other.forever(), fail())
+    assert other.ended == "cancelled"
+
+
+async def test_cancelling_what_runs_together_cancels_each() -> None:
+    both = Watched(), Watched()
+    task = asyncio.create_task(together(*(watched.forever() for watched in both)))
+    for watched in both:
+        await watched.began.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [watched.ended for watched in both] == ["cancelled", "cancelled"]
 
 
 # -- Runner ----------------------------------------------------------------------------------------------

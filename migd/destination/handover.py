@@ -9,10 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from migd.errors import GuestError, MigdError, PeerError, ProtocolError, ResourceError
+from migd.errors import (
+    GuestError,
+    MigdError,
+    PeerError,
+    ProtocolError,
+    ResourceError,
+    VerificationError,
+)
 from migd.limits import Limits
 from migd.migration.journal import Journal, Mark, Record
-from migd.migration.ports import Conversation, DestinationGuest, Observer, Worker
+from migd.migration.ports import Conversation, DestinationGuest, Observer, Passage, Worker
 from migd.migration.state import DestinationState, Progress
 from migd.wire import messages
 from migd.wire.messages import Aborted, Started, Verdict
@@ -25,7 +32,7 @@ class HandOver:
 
     def __init__(
         self,
-        migration: str,
+        passage: Passage,
         guest: DestinationGuest,
         progress: Progress[DestinationState],
         journal: Journal,
@@ -33,7 +40,8 @@ class HandOver:
         limits: Limits,
         observer: Observer,
     ) -> None:
-        self._migration = migration
+        self._passage = passage
+        self._migration = passage.migration
         self._guest = guest
         self._progress = progress
         self._journal = journal
@@ -43,9 +51,13 @@ class HandOver:
         self._deciding = asyncio.Lock()
         self._starting: asyncio.Task[Started | Aborted] | None = None
         self._answer: Started | Aborted | None = None
+        self._hearing: asyncio.Task[None] | None = None
         self.decided = asyncio.Event()
         self.settled = asyncio.Event()
-        """The verdict was heard."""
+        """The verdict was heard and acted on."""
+        self.error = ""
+        """Why the state is failed."""
+        self.exit_code = 0
 
     async def ready(self) -> None:
         """The image is verified and loaded: durable, and GO may come."""
@@ -76,9 +88,10 @@ class HandOver:
     async def _start(self) -> Started:
         try:
             resumption = await self._guest.start()
-        except GuestError:
+        except GuestError as error:
             # Starting is idempotent: one that is only slow may be started by the next GO.
             if self._guest.gone:
+                self._fail(error)
                 await self._enter(DestinationState.FAILED)
             raise
         await self._enter(DestinationState.RUNNING)
@@ -114,7 +127,8 @@ class HandOver:
                     await conversation.send(await self.answer_go())
                 case Verdict():
                     await self._hear(message)
-                    await self._report_check(conversation)
+                    if message.ok:
+                        await self._report_check(conversation)
                     return
                 case _:
                     raise ProtocolError(f"{type(message).__name__} where GO or VERDICT was due")
@@ -128,17 +142,35 @@ class HandOver:
             return messages.Abort(migration=self._migration, reason=f"not started: {error}"[:1000])
 
     async def _hear(self, verdict: Verdict) -> None:
+        """Act on it, once, even if its connection ends right behind it: it does after a bad one."""
+        if self._progress.state is not DestinationState.RUNNING or self._hearing is not None:
+            raise ProtocolError("a verdict before the guest was started, or a second one")
+        self._hearing = asyncio.ensure_future(self._accept(verdict))
+        await asyncio.shield(self._hearing)
+
+    async def _accept(self, verdict: Verdict) -> None:
         """A bad verdict pauses the guest here; the operator decides (G4)."""
-        if self._progress.state is not DestinationState.RUNNING:
-            raise ProtocolError("a verdict before the guest was started")
-        self.settled.set()
         if verdict.ok:
             log.info("%s: released by the source (%s)", self._migration, verdict.detail)
+            self._guest.judged()
             await self._enter(DestinationState.COMPLETED)
-            return
-        log.error("%s: the source found untracked writes (%s): guest paused", self._migration, verdict.detail)
-        await self._guest.pause(self._migration)
+        else:
+            await self._condemn(verdict.detail)
+        self.settled.set()
+
+    async def _condemn(self, detail: str) -> None:
+        bad = VerificationError(f"the source found untracked writes ({detail}): guest paused")
+        log.error("%s: %s", self._migration, bad)
+        self._fail(bad)
+        try:
+            await self._guest.pause(self._migration)
+        except GuestError as error:  # gone, or silent: the order to pause is on its way
+            log.error("%s: %s", self._migration, error)  # noqa: TRY400  # the reason is the message
+        self._guest.judged()
         await self._enter(DestinationState.FAILED)
+
+    def _fail(self, error: MigdError) -> None:
+        self.error, self.exit_code = str(error), error.exit_code
 
     async def _report_check(self, conversation: Conversation) -> None:
         """The guest's own check, if it makes one, for the source's result."""
@@ -154,7 +186,7 @@ class HandOver:
 
     async def _enter(self, state: DestinationState) -> None:
         self._progress.enter(state)
-        await self._observer(state)
+        await self._observer.entered(self._passage, state)
 
     async def _mark(self, mark: Mark, detail: str = "") -> None:
         record = Record(migration=self._migration, mark=mark, guest=self._guest.name, detail=detail)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from migd.destination.handover import HandOver
 from migd.destination.session import DestinationServices, DestinationSession
-from migd.errors import MigdError, PeerError, ProtocolError, Refused
+from migd.errors import MigdError, PeerError, ProtocolError, Refused, ResourceError
 from migd.migration.journal import Mark, Record
 from migd.migration.ports import Conversation, Link
 from migd.migration.state import DestinationState
@@ -31,11 +31,16 @@ class Reception:
         services: DestinationServices,
         converse: Callable[[Link, str], Conversation],
         revive: Callable[[str], Awaitable[HandOver]],
+        about: Callable[[messages.Probe], messages.About],
     ) -> None:
-        """``revive`` rebuilds the hand-over of a migration whose STARTED is journalled, after a restart."""
+        """``revive`` rebuilds the hand-over of a migration whose STARTED is journalled, after a restart.
+
+        ``about`` answers PROBE; ResourceError if this host does not tell how much memory it has.
+        """
         self._services = services
         self._converse = converse
         self._revive = revive
+        self._about = about
         self.sessions: dict[str, DestinationSession] = {}
 
     async def serve(self, link: Link, frame: Frame) -> None:
@@ -48,6 +53,8 @@ class Reception:
                     await self._join(link, frame)
                 case FrameType.GO:
                     await self._go(link, frame)
+                case FrameType.PROBE:
+                    await self._tell(link, frame)
                 case _:
                     raise ProtocolError(f"a connection cannot begin with {frame.type.name}")
         except MigdError as error:
@@ -59,7 +66,7 @@ class Reception:
             if hello.migration in self.sessions or self._services.journal.last(hello.migration) is not None:
                 raise Refused(f"migration {hello.migration} was here before")
         except (Refused, ProtocolError) as error:
-            await link.send(messages.Refuse(migration="0" * 32, reason=str(error)[:1000]))
+            await link.send(messages.Refuse(migration=messages.NO_MIGRATION, reason=str(error)[:1000]))
             raise
         session = DestinationSession(hello, self._converse(link, hello.migration), self._services)
         self.sessions[hello.migration] = session
@@ -70,6 +77,16 @@ class Reception:
         over = [id for id, session in self.sessions.items() if session.over.is_set()]
         for id in over[:-_REMEMBERED]:
             del self.sessions[id]
+
+    async def _tell(self, link: Link, frame: Frame) -> None:
+        """Anybody may ask: nothing here changes, and one answer is all there is."""
+        question = frame.message()
+        assert isinstance(question, messages.Probe)
+        try:
+            answer: messages.Message = self._about(question)
+        except ResourceError as error:
+            answer = messages.Refuse(migration=question.migration, reason=str(error)[:1000])
+        await link.send(answer)
 
     async def _join(self, link: Link, frame: Frame) -> None:
         stream = frame.message()

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from migd.destination.handover import HandOver
 from migd.destination.loader import Loader
-from migd.errors import GuestError, MigdError, PeerError, PeerLost, ProtocolError
+from migd.destination.stream import Stream
+from migd.errors import GuestError, MigdError, OutcomeUnknown, PeerError, PeerLost, ProtocolError
 from migd.limits import Limits
+from migd.migration.bandwidth import Unlimited
 from migd.migration.journal import Journal
 from migd.migration.ports import (
+    Bandwidth,
     Clock,
     Conversation,
     DestinationGuest,
@@ -23,16 +28,19 @@ from migd.migration.ports import (
     GuestHost,
     Link,
     Observer,
+    Passage,
+    Room,
     Worker,
 )
 from migd.migration.state import DestinationState, destination_progress
+from migd.migration.stats import Arrival
 from migd.ram.block import PAGE_BYTES, BlockShape
 from migd.ram.digest import frame_digest
 from migd.tasks import Runner, guarded
 from migd.wire import handshake, messages
 from migd.wire.framing import Frame
 from migd.wire.messages import Hello
-from migd.wire.protocol import PAGE_RECORDS, TOKEN_BYTES, FrameType
+from migd.wire.protocol import MAX_PAGES_PER_FRAME, TOKEN_BYTES, FrameType
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,13 @@ _STATE_RAM_SHARE = 128
 """Device state may have 64 MiB plus 1/128 of RAM: the stub's journal has 16 bytes a page, 1/256."""
 
 _FAREWELL_S = 1.0
+
+_OUTCOMES = {
+    DestinationState.RUNNING: "completed",
+    DestinationState.COMPLETED: "completed",
+    DestinationState.ABORTED: "aborted",
+    DestinationState.FAILED: "failed",
+}
 
 _SHUTDOWN = MigdError("the destination daemon is shutting down")
 
@@ -57,6 +72,10 @@ class DestinationServices:
     guests: GuestHost
     observer: Observer
     max_streams: int
+    room: Callable[[], Room]
+    """For the frames of one migration in flight."""
+    bandwidth: Callable[[], Bandwidth] = Unlimited
+    """At which one migration is taken in."""
 
 
 class DestinationSession:
@@ -65,19 +84,25 @@ class DestinationSession:
     def __init__(self, hello: Hello, conversation: Conversation, services: DestinationServices) -> None:
         self.hello = hello
         self.migration = hello.migration
+        self.passage = Passage(hello.migration, hello.guest, "in", hello.software)
         self.token = services.entropy.token(TOKEN_BYTES)
         self._conversation = conversation
         self._services = services
         self._limits = services.limits
         self._progress = destination_progress()
+        self._began_s = services.clock.now()
+        self._moved_s: float | None = None
         self._links: dict[int, Link] = {}
+        self._bandwidth = services.bandwidth()
+        self._room = services.room()
         self._joined = asyncio.Event()
         self._barrier = asyncio.Barrier(hello.streams)
+        self._writing = threading.Lock()
         self._guest: DestinationGuest | None = None
         self._task: asyncio.Task[None] | None = None
         self.handover: HandOver | None = None
         self.over = asyncio.Event()
-        self.error = ""
+        self._error = ""
 
     @property
     def state(self) -> DestinationState:
@@ -86,6 +111,51 @@ class DestinationSession:
     @property
     def path(self) -> list[DestinationState]:
         return self._progress.path
+
+    @property
+    def ended(self) -> bool:
+        """The guest runs here for good, or never will."""
+        return self._progress.ended
+
+    @property
+    def moving_s(self) -> float:
+        """From HELLO until the guest was started, or the attempt was over, or until now."""
+        if self._moved_s is not None:
+            return self._moved_s
+        return self._services.clock.now() - self._began_s
+
+    @property
+    def placed_bytes(self) -> int:
+        """Of RAM, by records of any kind; a page that came twice counts twice."""
+        return self._conversation.applied_bytes
+
+    @property
+    def error(self) -> str:
+        """What went wrong; empty while nothing has."""
+        return self._error or (self.handover.error if self.handover is not None else "")
+
+    @property
+    def record(self) -> Arrival:
+        """What happened; complete once the session has ended."""
+        return Arrival(
+            migration=self.migration,
+            guest=self.hello.guest,
+            peer=self.hello.software,
+            outcome=_OUTCOMES.get(self.state, "unknown"),
+            error=self.error,
+            exit_code=self._exit_code(),
+            total_s=self.moving_s,
+            ram_pages=sum(block.pages for block in self.hello.blocks),
+            placed_bytes=self.placed_bytes,
+            states=[str(state) for state in self.path],
+        )
+
+    def _exit_code(self) -> int:
+        if self.state in (DestinationState.RUNNING, DestinationState.COMPLETED):
+            return 0
+        if self.state is DestinationState.FAILED and self.handover is not None:
+            return self.handover.exit_code
+        return MigdError.exit_code if self.ended else OutcomeUnknown.exit_code
 
     def balance_pages(self) -> tuple[int, int]:
         """(pages settled by records so far, or all once the guest was started; all pages)."""
@@ -112,6 +182,7 @@ class DestinationSession:
     async def run(self) -> None:
         """All of it; logs how it ended, raises only CancelledError."""
         self._task = asyncio.current_task()
+        self._services.observer.began(self.passage)
         runner = Runner(self._conversation.run())
         try:
             await guarded(self._until_ready(), runner.failure())
@@ -128,6 +199,9 @@ class DestinationSession:
         finally:
             await runner.stop()
             self._conversation.close()
+            self._bandwidth.close()
+            self._room.close()
+            await self._services.observer.finished(self.passage, self.record)
             self.over.set()
 
     async def stop(self) -> None:
@@ -139,11 +213,17 @@ class DestinationSession:
     async def _enter(self, state: DestinationState) -> None:
         self._progress.enter(state)
         log.debug("%s: %s", self.migration, state)
-        await self._services.observer(state)
+        await self._services.observer.entered(self.passage, state)
 
     async def _until_ready(self) -> None:
         await self._prepare()
         await guarded(self._receive(), self._guest_lost())
+
+    @property
+    def _frame_pages(self) -> int:
+        """As large as one may be that comes often enough, if the bandwidth stays as it is."""
+        pages = self._bandwidth.frame_bytes / self.hello.streams / PAGE_BYTES
+        return int(min(MAX_PAGES_PER_FRAME, max(1, pages)))
 
     async def _guest_lost(self) -> None:
         await self.guest.lost()
@@ -151,8 +231,8 @@ class DestinationSession:
 
     async def _prepare(self) -> None:
         """Fresh RAM and a guest process; every stream connected. Refused reaches the source as REFUSE."""
-        await self._services.observer(self.state)
-        accept = handshake.accept(self.hello, self.token, self._services.max_streams)
+        await self._services.observer.entered(self.passage, self.state)
+        accept = handshake.accept(self.hello, self.token, self._services.max_streams, self._frame_pages)
         shapes = tuple(BlockShape(block.name, block.pages) for block in self.hello.blocks)
         self._guest = self._services.guests.create(self.hello.guest, self.migration, shapes)
         await self._conversation.send(accept)
@@ -176,7 +256,7 @@ class DestinationSession:
         await self.guest.load(state)
         services = self._services
         handover = HandOver(
-            self.migration,
+            self.passage,
             self.guest,
             self._progress,
             services.journal,
@@ -194,13 +274,19 @@ class DestinationSession:
 
     async def _receive_stream(self, link: Link) -> None:
         """One stream to its END. EOF before END is an error (R16); barriers hold all streams (R9)."""
-        loader = Loader(self.guest.ram)
+        stream = Stream(
+            link,
+            Loader(self.guest.ram, self._writing),
+            self._services.worker,
+            self._room.slot(),
+            self._bandwidth,
+            self.hello.streams,
+            self._limits,
+            self._count_applied,
+        )
         while True:
-            frame = await link.receive()
-            if frame.type in PAGE_RECORDS:
-                placed = await self._services.worker.run(loader.place, frame)
-                self._conversation.applied_bytes += placed
-            elif frame.type is FrameType.BARRIER:
+            frame = await stream.next()
+            if frame.type is FrameType.BARRIER:
                 self._own(frame.message())
                 await self._barrier.wait()
             elif frame.type is FrameType.END:
@@ -210,6 +296,9 @@ class DestinationSession:
                 return
             else:
                 raise ProtocolError(f"{frame.type.name} on a data stream")
+
+    def _count_applied(self, placed_bytes: int) -> None:
+        self._conversation.applied_bytes += placed_bytes
 
     def _own(self, message: messages.Message) -> messages.Message:
         if message.migration != self.migration:
@@ -223,6 +312,7 @@ class DestinationSession:
         while True:
             found = await self._conversation.next("STATE", None)
             if isinstance(found, Frame):
+                await self._bandwidth.take(len(found.metadata))
                 state += found.metadata
                 if len(state) > limit:
                     raise ProtocolError(f"more than {limit} bytes of device state")
@@ -252,6 +342,7 @@ class DestinationSession:
             await self._give_up(_SHUTDOWN)
             raise
         else:
+            self._moved_s = self.moving_s
             await self._until_settled(handover, serving)
         finally:
             await serving.stop()
@@ -279,11 +370,13 @@ class DestinationSession:
             log.info("%s: the connection ended early: %s", self.migration, error)
         if self.state is DestinationState.RUNNING:
             log.warning("%s: the guest runs here, but no verdict came", self.migration)
+            self.guest.judged()
             await self._enter(DestinationState.COMPLETED)
 
     async def _give_up(self, error: MigdError) -> None:
         """Before READY nothing stays but the source's guest; from READY on ``HandOver`` has the say."""
-        self.error = str(error)
+        self._error = str(error)
+        self._moved_s = self.moving_s
         log.warning("%s: gave up in %s: %s", self.migration, self.state, error)
         word = messages.Refuse if self._guest is None else messages.Abort
         try:

@@ -7,7 +7,9 @@ After each iteration ``decide`` looks at what is left and returns one of four an
 3. else ITERATE.
 
 The estimated pause is the time to send what is left at the rate seen so far, plus the time that the rest
-of the switchover needs (device state, hand-over).
+of the switchover needs (device state, hand-over), plus what the last harvest costs the paused guest. With a
+log that compares content that may be more than the limit by itself. Then no number of iterations can meet it,
+and once what is left takes less time than the harvest, another one gains nothing: that counts as used up.
 """
 
 from __future__ import annotations
@@ -48,6 +50,31 @@ class Policy:
     on_exhausted: Exhausted = Exhausted.FORCE
 
 
+RATE_MEMORY_BYTES = 64 << 20
+"""How much traffic the estimate of the rate looks back on. Less, and an iteration of a few pages, which
+socket buffers swallow at memory speed, would decide; more, and a limit that was raised would not be noticed
+in time."""
+
+
+class RecentRate:
+    """Bytes per second over the last RATE_MEMORY_BYTES or so."""
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._seconds = 0.0
+
+    @property
+    def bytes_s(self) -> float:
+        """0 before anything was sent."""
+        return self._bytes / self._seconds if self._seconds else 0.0
+
+    def add(self, size_bytes: int, seconds: float) -> None:
+        """An iteration sent so much in this time."""
+        keep = max(0.0, 1 - size_bytes / RATE_MEMORY_BYTES)
+        self._bytes = self._bytes * keep + size_bytes
+        self._seconds = self._seconds * keep + seconds
+
+
 @dataclass(frozen=True)
 class Standing:
     """What an iteration left behind."""
@@ -57,22 +84,35 @@ class Standing:
     left_bytes: int
     rate_bytes_s: float
     """Bytes of guest RAM per second through the pipe so far; 0 before anything was sent."""
+    harvest_s: float = 0.0
+    """What the harvest of the paused guest will take; 0 with the kernel's log."""
 
 
 def estimated_pause_s(standing: Standing) -> float:
     """How long the guest would stand still if it were paused now; infinite while no rate is known."""
+    return _sending_s(standing) + standing.harvest_s + SWITCHOVER_OVERHEAD_S
+
+
+def _sending_s(standing: Standing) -> float:
     if standing.left_bytes == 0:
-        return SWITCHOVER_OVERHEAD_S
+        return 0.0
     if standing.rate_bytes_s <= 0:
         return float("inf")
-    return standing.left_bytes / standing.rate_bytes_s + SWITCHOVER_OVERHEAD_S
+    return standing.left_bytes / standing.rate_bytes_s
+
+
+def out_of_reach(policy: Policy, standing: Standing) -> bool:
+    """The harvest alone takes longer than the guest may be paused."""
+    return standing.harvest_s > policy.downtime_limit_s
 
 
 def decide(policy: Policy, standing: Standing) -> Decision:
     """See the module's docstring."""
-    if standing.left_bytes == 0 or estimated_pause_s(standing) <= policy.downtime_limit_s:
+    reachable = not out_of_reach(policy, standing)
+    if reachable and (standing.left_bytes == 0 or estimated_pause_s(standing) <= policy.downtime_limit_s):
         return Decision.SWITCHOVER
-    if standing.iterations >= policy.max_iterations or standing.elapsed_s >= policy.max_total_s:
+    futile = not reachable and _sending_s(standing) <= standing.harvest_s
+    if futile or standing.iterations >= policy.max_iterations or standing.elapsed_s >= policy.max_total_s:
         return Decision.FORCE if policy.on_exhausted is Exhausted.FORCE else Decision.CANCEL
     return Decision.ITERATE
 

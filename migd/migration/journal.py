@@ -2,6 +2,10 @@
 
 One file per migration and role, one JSON line per record, fsynced before ``append`` returns. Only the
 records that decide anything are written: four at most.
+
+Formats: 1 had no ``software``; 2 has. Each migd reads its own and every older one. Whatever a later format
+changes, a line stays a JSON object with an integer ``format`` and a string ``software``, so that any migd can
+say who wrote what it cannot read.
 """
 
 from __future__ import annotations
@@ -10,12 +14,16 @@ import os
 import re
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from migd.errors import MigdError, ResourceError
+from migd.wire.protocol import SOFTWARE
 
-FORMAT = 1
+FORMAT = 2
+
+_FILE = re.compile(r"([0-9a-f]{32})\.jsonl")
 
 
 class Mark(StrEnum):
@@ -37,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One line of a journal."""
 
     format: int = FORMAT
+    software: str = SOFTWARE
+    """Which migd wrote it; empty in format 1."""
     migration: str
     mark: Mark
     guest: str = ""
@@ -44,10 +54,21 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     detail: str = ""
 
 
+class _Origin(msgspec.Struct, frozen=True):
+    """What a line of any format has."""
+
+    format: Annotated[int, msgspec.Meta(ge=1)]
+    software: str = ""
+
+
 class CorruptJournal(MigdError):
     """A journal file cannot be read; no decision is taken from it."""
 
     exit_code = 4
+
+
+class NewerJournal(CorruptJournal):
+    """A later migd wrote it."""
 
 
 class Journal:
@@ -66,7 +87,10 @@ class Journal:
         A torn line from a crash or a full disk is cut off first, so that it can never swallow this record.
         """
         path = self._path(record.migration)
-        line = msgspec.json.encode(record) + b"\n"
+        ours = msgspec.structs.replace(
+            record, format=FORMAT, software=SOFTWARE
+        )  # it may derive from an older
+        line = msgspec.json.encode(ours) + b"\n"
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
@@ -97,18 +121,36 @@ class Journal:
             raise CorruptJournal(f"journal {path}: {error.strerror}") from error
         try:
             lines = data[: _whole_lines(data)].splitlines()
-            records = [msgspec.json.decode(line, type=Record) for line in lines]
+            return [_read(line) for line in lines]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptJournal(f"journal {path}: {error}; resolve by hand") from error
-        for record in records:
-            if record.format != FORMAT:
-                raise CorruptJournal(f"journal {path}: format {record.format}, this migd writes {FORMAT}")
-        return records
+        except NewerJournal as error:
+            raise NewerJournal(f"journal {path}: {error}") from error
 
     def last(self, migration: str) -> Record | None:
         """The newest record of a migration."""
         records = self.records(migration)
         return records[-1] if records else None
+
+    def migrations(self) -> list[str]:
+        """Of all files here, in order. ResourceError if the directory cannot be read."""
+        try:
+            names = os.listdir(self._directory)
+        except OSError as error:
+            raise ResourceError(f"journal directory {self._directory}: {error.strerror}") from error
+        return sorted(found[1] for name in names if (found := _FILE.fullmatch(name)))
+
+    def forget(self, migration: str) -> None:
+        """Delete all records of a migration, durably. ResourceError if that fails.
+
+        Afterwards a daemon knows nothing of it: see ``migd.leftovers`` for when that is right.
+        """
+        path = self._path(migration)
+        try:
+            path.unlink(missing_ok=True)
+            self._sync_directory()
+        except OSError as error:
+            raise ResourceError(f"journal {path}: {error.strerror}") from error
 
     def _path(self, migration: str) -> Path:
         if not re.fullmatch("[0-9a-f]{32}", migration):
@@ -121,6 +163,18 @@ class Journal:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _read(line: bytes) -> Record:
+    origin = msgspec.json.decode(line, type=_Origin)
+    if origin.format > FORMAT:
+        writer = origin.software if origin.software.isprintable() and origin.software else "a later migd"
+        raise NewerJournal(
+            f"{writer[:100]} wrote it in format {origin.format}, {SOFTWARE} reads formats up to {FORMAT} and "
+            f"decides nothing from it: update migd here, or run the one that wrote it"
+        )
+    record = msgspec.json.decode(line, type=Record)
+    return msgspec.structs.replace(record, software=origin.software)
 
 
 def _whole_lines(data: bytes) -> int:

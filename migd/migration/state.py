@@ -14,6 +14,8 @@ from migd.errors import MigdError
 class SourceState(StrEnum):
     """Until GO the guest is the source's; afterwards only the destination's answer decides (G2, G3)."""
 
+    WAITING = "waiting"
+    """Only for a guest that has just arrived: until the verdict on that is known."""
     CONNECTING = "connecting"
     ARMING = "arming"
     BULK = "bulk"
@@ -46,6 +48,7 @@ class DestinationState(StrEnum):
 
 _S = SourceState
 SOURCE_TRANSITIONS: dict[SourceState, frozenset[SourceState]] = {
+    _S.WAITING: frozenset({_S.CONNECTING, _S.ABORTING}),
     _S.CONNECTING: frozenset({_S.ARMING, _S.PAUSING, _S.ABORTING}),
     _S.ARMING: frozenset({_S.BULK, _S.ABORTING}),
     _S.BULK: frozenset({_S.ITERATING, _S.PAUSING, _S.ABORTING}),
@@ -75,8 +78,12 @@ DESTINATION_TRANSITIONS: dict[DestinationState, frozenset[DestinationState]] = {
     _D.FAILED: frozenset(),
 }
 
+ADJUSTABLE = frozenset({_S.WAITING, _S.CONNECTING, _S.ARMING, _S.BULK, _S.ITERATING})
+"""Until the guest is paused another policy may still change what is decided."""
+
 CANCELLABLE = frozenset(
     {
+        _S.WAITING,
         _S.CONNECTING,
         _S.ARMING,
         _S.BULK,
@@ -119,9 +126,9 @@ class Progress(Generic[T]):
         self.path.append(state)
 
 
-def source_progress() -> Progress[SourceState]:
-    """A source session's states from their beginning."""
-    return Progress(SourceState.CONNECTING, SOURCE_TRANSITIONS)
+def source_progress(*, waiting: bool = False) -> Progress[SourceState]:
+    """A source session's states from their beginning; ``waiting`` for a guest that has just arrived."""
+    return Progress(SourceState.WAITING if waiting else SourceState.CONNECTING, SOURCE_TRANSITIONS)
 
 
 def destination_progress() -> Progress[DestinationState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -11,9 +12,9 @@ from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.migration.convergence import Policy
 from migd.migration.journal import Journal, Mark, Record
-from migd.migration.ports import Clock, Observer, SourceGuest, Worker
+from migd.migration.ports import Clock, Entropy, Observer, Passage, Room, SourceGuest, Worker
 from migd.migration.state import SourceState, source_progress
-from migd.migration.stats import Result
+from migd.migration.stats import Iteration, Result
 from migd.ram.bitmap import PageBitmap
 from migd.source.peer import DestinationPeer
 
@@ -37,6 +38,15 @@ class Compression(StrEnum):
     NONE = "none"
 
 
+class DirtyLogChoice(StrEnum):
+    """How writes of a running guest are found."""
+
+    AUTO = "auto"
+    """The kernel's log where the guest can arm it, else by comparing content."""
+    USERFAULTFD = "userfaultfd"
+    COMPARE = "compare"
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """What the operator asked for."""
@@ -46,6 +56,7 @@ class SourceOptions:
     hints: bool = True
     verify: Verify = Verify.AUTO
     compression: Compression = Compression.AUTO
+    dirty_log: DirtyLogChoice = DirtyLogChoice.AUTO
     policy: Policy = field(default_factory=Policy)
 
 
@@ -58,6 +69,9 @@ class SourceServices:
     journal: Journal
     limits: Limits
     observer: Observer
+    entropy: Entropy
+    room: Callable[[], Room]
+    """For the frames of one migration in flight."""
 
 
 class Attempt:
@@ -77,11 +91,18 @@ class Attempt:
         self.ledger = ledger
         self.peer = peer
         self.options = options
+        self.policy = options.policy
+        """Replaced as a whole when an operator changes it; each decision looks at it anew."""
         self.clock = services.clock
         self.worker = services.worker
         self.limits = services.limits
         self.observer = services.observer
-        self.progress = source_progress()
+        self.entropy = services.entropy
+        self.room = services.room()
+        self.iterations: list[Iteration] = []
+        """Those that are over."""
+        self.passage = Passage(migration, guest.name, "out", peer.address)
+        self.progress = source_progress(waiting=guest.awaits_verdict)
         self.began_s = services.clock.now()
         self._journal = services.journal
         self.result = Result(
@@ -107,7 +128,13 @@ class Attempt:
         """Move on, and let the observer look before anything is done there."""
         self.progress.enter(state)
         log.debug("%s: %s", self.migration, state)
-        await self.observer(state)
+        await self.observer.entered(self.passage, state)
+
+    def iterated(self, iteration: Iteration) -> None:
+        """Its figures are final: the line in the log, and the observer's."""
+        self.iterations.append(iteration)
+        log.info("%s: %s", self.migration, iteration)
+        self.observer.iterated(self.passage, iteration)
 
     def fail(self, error: MigdError, outcome: str) -> None:
         """The result says what went wrong, and what became of the migration."""

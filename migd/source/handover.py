@@ -68,7 +68,7 @@ class HandOver:
         if self._attempt.options.verify is Verify.OFF:
             self._result.verification = "off"
             return 0
-        untracked = await self._phases.precopy.untracked()
+        untracked = (await self._phases.tracking.untracked()).count()
         self._result.verification = f"late: {untracked} pages differ" if untracked else "late: ok"
         return untracked
 

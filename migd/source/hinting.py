@@ -16,14 +16,18 @@ class Hinting:
         self._ledger = attempt.ledger
         self._asked_pages = 0
         self._applied_before = 0
+        self._answered = False
 
-    async def contract(self) -> FreeContract:
-        """What the guest expects of free pages; NONE, and why, where its hints are not used (R12)."""
+    async def contract(self, *, sees_writes: bool = True) -> FreeContract:
+        """What the guest expects of free pages; NONE, and why, where its hints are not used (R12, R19)."""
         result = self._attempt.result
         if not self._attempt.options.hints:
             return FreeContract.NONE
         if self._channel is None:
             result.hints = "the guest has no hint channel"
+            return FreeContract.NONE
+        if not sees_writes and not self._attempt.guest.reports_free_at_pause:
+            result.hints = "not used: the compare log needs the guest's free pages at the pause"
             return FreeContract.NONE
         contract = await self._channel.declare(self._attempt.limits.hint_first_s)
         if contract is FreeContract.NONE:
@@ -33,7 +37,7 @@ class Hinting:
     def pay(self, standing: Standing) -> bool:
         """Whether asking again before the next iteration is worth it."""
         applied = self._ledger.tally.hints_applied - self._applied_before
-        policy = self._attempt.options.policy
+        policy = self._attempt.policy
         return self._ledger.contract is not FreeContract.NONE and hints_pay(
             applied, self._asked_pages, standing.left_bytes, policy, standing.rate_bytes_s
         )
@@ -47,7 +51,7 @@ class Hinting:
         self._applied_before = self._ledger.tally.hints_applied
         epoch = self._ledger.issue()
         await channel.request(epoch, self._ledger.hint)
-        await channel.answered(epoch, self._attempt.limits.hint_first_s)
+        self._answered |= await channel.answered(epoch, self._attempt.limits.hint_first_s)
         self.check()
 
     def check(self) -> None:
@@ -65,5 +69,10 @@ class Hinting:
             result, tally = self._attempt.result, self._ledger.tally
             result.hints_rejected = self._channel.rejected
             if self._ledger.contract is not FreeContract.NONE:
-                result.hints = "used" if tally.hints_applied or tally.trimmed else "none came in time"
+                result.hints = self._outcome(used=bool(tally.hints_applied or tally.trimmed))
             await self._channel.done()
+
+    def _outcome(self, *, used: bool) -> str:
+        if used:
+            return "used"
+        return "no page was free" if self._answered else "none came in time"

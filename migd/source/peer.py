@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from migd.errors import OutcomeUnknown, PeerError, PeerLost, ProtocolError
 from migd.limits import Limits
-from migd.migration.ports import Clock, Connector, Conversation, Link, M
+from migd.migration.ports import Bandwidth, Clock, Connector, Conversation, Link, M
 from migd.ram.block import PAGE_BYTES
 from migd.ram.digest import frame_digest
 from migd.tasks import Runner, guarded
@@ -30,6 +30,11 @@ class DestinationPeer:
     @property
     def address(self) -> str:
         return self._connector.address
+
+    @property
+    def bandwidth(self) -> Bandwidth:
+        """For all that goes there."""
+        return self._connector.bandwidth
 
     @property
     def control(self) -> Conversation:
@@ -90,8 +95,9 @@ class DestinationPeer:
     async def send_state(self, state: bytes) -> messages.Finish:
         """All of the device state, in chunks; returns the FINISH that will announce it."""
         view = memoryview(state)
-        for offset in range(0, len(view), STATE_CHUNK_BYTES):
-            await self.control.send_state(view[offset : offset + STATE_CHUNK_BYTES])
+        chunk_bytes = int(min(STATE_CHUNK_BYTES, max(PAGE_BYTES, self.bandwidth.frame_bytes)))
+        for offset in range(0, len(view), chunk_bytes):
+            await self.control.send_state(view[offset : offset + chunk_bytes])
         return messages.Finish(
             migration=self._migration, state_bytes=len(view), state_digest=frame_digest(state)
         )

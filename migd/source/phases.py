@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 
 from migd.errors import GuestError, MigdError, VerificationError
-from migd.migration.convergence import Decision, Standing, decide
-from migd.migration.ports import DirtyLog
+from migd.migration.convergence import Decision, Standing, decide, out_of_reach
 from migd.migration.state import SourceState
 from migd.migration.stats import Iteration
+from migd.ram.bitmap import PageBitmap
 from migd.ram.block import PAGE_BYTES
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Attempt, Compression, Verify
 from migd.source.batcher import BATCH_PAGES
 from migd.source.hinting import Hinting
 from migd.source.precopy import Precopy
+from migd.source.tracking import Tracking
 from migd.wire import handshake, messages
 from migd.wire.codec import CodecChoice
 from migd.wire.protocol import Codec, Feature
@@ -22,7 +23,7 @@ from migd.wire.protocol import Codec, Feature
 log = logging.getLogger(__name__)
 
 _STRICT_S_PER_BYTE = 0.35 / (1 << 30)
-"""Strict verification costs 0.15 to 0.35 s for each GiB sent (docs/safety.md): the worst of it."""
+"""Strict verification costs 0.15 to 0.35 s for each GiB that it reads (docs/safety.md): the worst of it."""
 
 _HOLES_WORTH = 4
 """Holes are looked for if at least one page in so many is to send."""
@@ -43,7 +44,8 @@ class Phases:
         self._result = attempt.result
         self._precopy: Precopy | None = None
         self._pause_began_s = 0.0
-        self.dirty_log: DirtyLog | None = None
+        self._paused_s = 0.0
+        self.tracking = Tracking(attempt)
         self.device_state = b""
         self.paused = False
         """The guest was asked to pause, whether it has answered or not."""
@@ -52,9 +54,11 @@ class Phases:
 
     async def run(self) -> None:
         """Everything up to READY. Raises what ends the attempt; the caller watches peer and guest."""
-        await self._connect()
+        accept = await self._connect()
         if self._options.live:
             await self._arm()
+        self._precopy = self._new_precopy(accept)
+        if self._options.live:
             await self._bulk()
             await self._iterate()
         await self._await_prepared()
@@ -73,6 +77,11 @@ class Phases:
         """The iterations so far, the present one last."""
         return self._precopy.iterations if self._precopy is not None else []
 
+    @property
+    def wire_bytes(self) -> int:
+        """Sent on data streams so far."""
+        return self._precopy.wire_bytes if self._precopy is not None else 0
+
     def account(self) -> None:
         """What went over the wire, into the result."""
         if self._precopy is not None:
@@ -84,22 +93,29 @@ class Phases:
     def forget(self) -> None:
         """Let go of the buffers and of 16 bytes for each page: the session may be remembered for long."""
         self._precopy = None
+        self.tracking.forget()
         self.device_state = b""
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> messages.Accept:
         shapes = self._guest.ram.shapes
-        accept = await self._peer.open(
+        return await self._peer.open(
             handshake.hello(self._attempt.migration, self._guest.name, shapes, self._options.streams)
         )
+
+    def _new_precopy(self, accept: messages.Accept) -> Precopy:
+        """Once it is known which log there is: what is sent is remembered in its way."""
         lz4 = Feature.LZ4 in accept.features
         fixed = _FIXED.get(self._options.compression) if lz4 else Codec.NONE
-        self._precopy = Precopy(
+        return Precopy(
             self._attempt.migration,
             self._guest.ram,
             self._ledger,
             self._peer.links,
             self._attempt.worker,
             self._attempt.clock,
+            self._peer.bandwidth,
+            self._attempt.room,
+            self.tracking.image.digests,
             CodecChoice(fixed),
             min(BATCH_PAGES, accept.max_frame_pages),
         )
@@ -107,9 +123,10 @@ class Phases:
     async def _arm(self) -> None:
         """R1: the log first, then the ledger; holes and hints come after both (R20)."""
         await self._attempt.enter(SourceState.ARMING)
-        self.dirty_log = await self._guest.arm()
-        self._result.dirty_log = self.dirty_log.name
-        self._ledger.arm(await self._hinting.contract())
+        await self.tracking.arm()
+        sees_writes = self.tracking.sees_writes
+        contract = await self._hinting.contract(sees_writes=sees_writes)
+        self._ledger.arm(contract, sees_writes=sees_writes)
 
     async def _bulk(self) -> None:
         await self._attempt.enter(SourceState.BULK)
@@ -133,12 +150,11 @@ class Phases:
         while (decision := self._decide()) is not Decision.SWITCHOVER:
             if decision is Decision.CANCEL:
                 raise MigdError(
-                    f"the guest writes faster than memory moves: {self._ledger.to_send.count()} pages left "
-                    f"after {len(self.precopy.iterations)} iterations; raise the downtime limit, or let it "
-                    f'be forced (on_exhausted = "force")'
+                    f"{self._obstacle()}; raise the downtime limit, or let it be forced "
+                    f'(on_exhausted = "force")'
                 )
             if decision is Decision.FORCE:
-                log.warning("%s: budget used up, pausing with pages left", self._attempt.migration)
+                log.warning("%s: pausing all the same: %s", self._attempt.migration, self._obstacle())
                 return
             if self._attempt.state is not SourceState.ITERATING:
                 await self._attempt.enter(SourceState.ITERATING)
@@ -146,47 +162,62 @@ class Phases:
                 await self._hinting.request()
             await self._pass(live=True)
 
+    def _obstacle(self) -> str:
+        """Why the guest cannot be paused within the limit."""
+        if out_of_reach(self._attempt.policy, self._standing()):
+            return (
+                f"comparing the paused guest's memory takes {self.tracking.cost_s:.2f} s by itself, and the "
+                f"downtime limit is {self._attempt.policy.downtime_limit_s:g} s"
+            )
+        return (
+            f"the guest writes faster than memory moves: {self._ledger.to_send.count()} pages left "
+            f"after {len(self.precopy.iterations)} iterations"
+        )
+
     async def _await_prepared(self) -> None:
         """The destination's guest process takes 0.1 s to start; waiting for it must not be downtime."""
+        began = self._attempt.clock.now()
         await self._peer.expect(messages.Prepared, self._attempt.limits.begin_s)
-        if self.dirty_log is not None:
-            self._ledger.harvest(self.dirty_log.harvest())
+        waited_s = self._attempt.clock.now() - began
+        if self.tracking.armed and waited_s >= self.tracking.cost_s:  # else looking again takes longer
+            await self.tracking.harvest()
             await self._iterate()
 
     async def _pause(self) -> None:
-        """R13: acknowledged at a safe point; then the final harvest."""
+        """R13: acknowledged at a safe point, with the device state; then the final harvest."""
         await self._attempt.enter(SourceState.PAUSING)
         self._pause_began_s = self._attempt.clock.now()
         self.paused = True
         report = await self._guest.pause(self._attempt.migration)
-        self._result.downtime.pause_s = self._attempt.clock.now() - self._pause_began_s
+        self._paused_s = self._attempt.clock.now()
+        self._result.downtime.pause_s = self._paused_s - self._pause_began_s
         self.device_state = report.device_state
-        if self.dirty_log is None:
+        if not self.tracking.armed:
             # Paused from the first byte on: nothing writes, so there is nothing to track.
             self._ledger.arm(FreeContract.NONE if report.free is None else await self._hinting.contract())
             self._result.dirty_log = "none (paused)"
         else:
-            self._ledger.harvest(self.dirty_log.harvest())
-        if report.free is not None:
-            self._ledger.settle(report.free, trim=self._options.hints)
+            await self.tracking.harvest()
+        self._settle(report.free)
+        if not self.tracking.armed:
+            await self._mark_holes()
+
+    def _settle(self, free: PageBitmap | None) -> None:
+        """R14; GuestError if the bitmap is missing that the compare log was promised (R19)."""
+        if free is not None:
+            self._ledger.settle(free, trim=self._options.hints)
+        elif self._ledger.skipped and not self.tracking.sees_writes:
+            raise GuestError("the guest did not say which pages are free at the pause, as it was to")
         else:
             self._ledger.close_epoch()
-        if self.dirty_log is None:
-            await self._mark_holes()
 
     async def _switch_over(self) -> None:
         """The rest of RAM, device state, one more harvest (R13), END and FINISH."""
         await self._attempt.enter(SourceState.SWITCHOVER)
-        began = self._attempt.clock.now()
         await self._send_rest()
         finish = await self._peer.send_state(self.device_state)
-        if self.dirty_log is not None and self._ledger.harvest(late := self.dirty_log.harvest()):
-            self._result.late_dirty_pages = late.count()
-            log.warning("%s: %d pages dirty after the pause", self._attempt.migration, late.count())
-            await self._send_rest()
-            if self._ledger.harvest(self.dirty_log.harvest()):
-                raise GuestError("something writes to the RAM of the paused guest")
-        self._result.downtime.send_s = self._attempt.clock.now() - began
+        await self._send_late()
+        self._result.downtime.send_s = self._attempt.clock.now() - self._paused_s
         self._decide_verification()
         if self._verification_cost_s > self._attempt.limits.go_s / 4:
             # The destination waits for GO no longer than go_s after READY: it must not be ready before us.
@@ -194,19 +225,41 @@ class Phases:
         await self.precopy.end()
         await self._peer.control.send(finish)
 
+    async def _send_late(self) -> None:
+        """R13: what was written although the guest is paused, once; a second time ends the attempt.
+
+        Not with the compare log: it looked at all of RAM after the device state was saved, and a second look
+        would double the pause. A writer that begins after that goes unnoticed.
+        """
+        if not self.tracking.armed or not self.tracking.sees_writes:
+            return
+        if late_pages := await self.tracking.harvest():
+            self._result.late_dirty_pages = late_pages
+            log.warning("%s: %d pages dirty after the pause", self._attempt.migration, late_pages)
+            await self._send_rest()
+            if await self.tracking.harvest():
+                raise GuestError("something writes to the RAM of the paused guest")
+
     async def _send_rest(self) -> None:
         while self._ledger.to_send or self._ledger.free_pending:
-            log.info("%s: %s", self._attempt.migration, await self.precopy.iterate(live=False))
+            self._attempt.iterated(await self.precopy.iterate(live=False))
 
     @property
     def _verification_cost_s(self) -> float:
-        return self._ledger.sent.count() * PAGE_BYTES * _STRICT_S_PER_BYTE
+        compared_pages = self._ledger.sent.count() + self._ledger.zero.count()
+        return compared_pages * PAGE_BYTES * _STRICT_S_PER_BYTE
 
     def _decide_verification(self) -> None:
-        """AUTO is strict while that fits what is left of the downtime limit; a paused guest has none."""
+        """AUTO is strict while that fits what is left of the downtime limit; a paused guest has none.
+
+        The final harvest of the compare log *was* the strict verification: all that differed was sent.
+        """
+        if not self.tracking.sees_writes:
+            self.verified_strictly = True
+            self._result.verification = "strict: ok (compare log)"
         verify = self._options.verify
         spent_s = self._attempt.clock.now() - self._pause_began_s
-        limit_s = self._options.policy.downtime_limit_s
+        limit_s = self._attempt.policy.downtime_limit_s
         fits = not self._options.live or self._verification_cost_s + spent_s <= limit_s
         self._strict = verify is Verify.STRICT or (verify is Verify.AUTO and fits)
 
@@ -215,7 +268,7 @@ class Phases:
         if not self._strict or self.verified_strictly:
             return
         began = self._attempt.clock.now()
-        untracked = await self.precopy.untracked()
+        untracked = (await self.tracking.untracked()).count()
         self._result.downtime.verify_s = self._attempt.clock.now() - began
         if untracked:
             self._result.verification = f"strict: {untracked} pages differ"
@@ -237,12 +290,11 @@ class Phases:
 
     async def _pass(self, *, live: bool) -> None:
         """One iteration and the harvest behind its barrier."""
-        assert self.dirty_log is not None
         iteration = await self.precopy.iterate(live=live)
         self._hinting.check()
-        iteration.dirty_pages = self._ledger.harvest(self.dirty_log.harvest())
+        iteration.dirty_pages = await self.tracking.harvest()
         self._ledger.check()
-        log.info("%s: %s", self._attempt.migration, iteration)
+        self._attempt.iterated(iteration)
 
     def _standing(self) -> Standing:
         return Standing(
@@ -250,7 +302,8 @@ class Phases:
             elapsed_s=self._attempt.elapsed_s,
             left_bytes=self._ledger.to_send.count() * PAGE_BYTES,
             rate_bytes_s=self.precopy.rate_bytes_s,
+            harvest_s=self.tracking.cost_s,
         )
 
     def _decide(self) -> Decision:
-        return decide(self._options.policy, self._standing())
+        return decide(self._attempt.policy, self._standing())

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
 
 from migd.ledger.ledger import Ledger, Tally
-from migd.migration.ports import Clock, Link, Worker
+from migd.migration.convergence import RecentRate
+from migd.migration.ports import Bandwidth, Clock, Link, Room, Worker
 from migd.migration.stats import Iteration
-from migd.ram.bitmap import PageBitmap, PageIndices, runs_of
-from migd.ram.block import PAGE_BYTES, RamLayout
-from migd.ram.digest import page_digests
-from migd.ram.zero import zero_pages
-from migd.source.batcher import BATCH_PAGES, Batch, Batcher, SentDigests
+from migd.ram.bitmap import PageBitmap
+from migd.ram.layout import RamLayout
+from migd.source.batcher import BATCH_PAGES, Batcher
+from migd.source.sent_image import SentDigests
+from migd.source.shipment import SHIPMENT_BATCHES, Shipment
 from migd.wire import messages
 from migd.wire.codec import CodecChoice
-from migd.wire.protocol import MAX_RUNS_PER_FRAME, FrameType
-
-Pages: TypeAlias = NDArray[np.uint8]
-"""Content of pages, shape (n, 4096)."""
-
-_VERIFY_PAGES = 1 << 14
-"""64 MiB to a job of the verification, 15 to 30 ms: between two jobs it can be cancelled."""
+from migd.wire.protocol import MAX_RUNS_PER_FRAME, RUN, FrameType
 
 
 class Precopy:
-    """Sends what the ledger says over ``links``, and remembers what was sent for the verification."""
+    """Sends what the ledger says over ``links``, and what was sent into ``digests``."""
 
     def __init__(
         self,
@@ -40,6 +30,9 @@ class Precopy:
         links: list[Link],
         worker: Worker,
         clock: Clock,
+        bandwidth: Bandwidth,
+        room: Room,
+        digests: SentDigests,
         choice: CodecChoice,
         batch_pages: int = BATCH_PAGES,
     ) -> None:
@@ -49,13 +42,14 @@ class Precopy:
         self._links = tuple(links)
         self._worker = worker
         self._clock = clock
+        self._bandwidth = bandwidth
+        self._room = room
         self._choice = choice
         self._batch_pages = batch_pages
-        self._digests = SentDigests(ram.pages)
-        self._batchers = [Batcher(ram, self._digests, choice, clock) for _ in links]
+        self._batchers = [Batcher(ram, digests, choice, clock) for _ in links]
         self.page_bytes = 0
         self.payload_bytes = 0
-        self.sending_s = 0.0
+        self._recent = RecentRate()
         self.iterations: list[Iteration] = []
         self._before = _Counts()
 
@@ -65,8 +59,14 @@ class Precopy:
 
     @property
     def rate_bytes_s(self) -> float:
-        """Content per second over all iterations so far; 0 before the first."""
-        return self.page_bytes / self.sending_s if self.sending_s else 0.0
+        """Content per second as of late, and no more than the bandwidth allows now; 0 before the first."""
+        packing = self.page_bytes / self.wire_bytes if self.page_bytes else 1.0
+        return min(self._recent.bytes_s, self._bandwidth.rate_bytes_s * packing)
+
+    @property
+    def _allowance_bytes(self) -> float:
+        """What a stream may send between two turns."""
+        return self._bandwidth.frame_bytes / len(self._links)
 
     async def iterate(self, *, live: bool) -> Iteration:
         """Send everything the ledger has to send, then a barrier on every stream (R9)."""
@@ -74,7 +74,7 @@ class Precopy:
         number = len(self.iterations)
         iteration = Iteration(number=number, live=live, to_send_pages=ledger.to_send.count())
         self.iterations.append(iteration)
-        wire_before, began = self.wire_bytes, self._clock.now()
+        wire_before, page_bytes_before, began = self.wire_bytes, self.page_bytes, self._clock.now()
         await self._send_free_records()
         async with asyncio.TaskGroup() as tasks:
             for link, batcher in zip(self._links, self._batchers, strict=True):
@@ -83,7 +83,7 @@ class Precopy:
             await link.send(messages.Barrier(migration=self._migration, iteration=number))
         ledger.barrier()
         iteration.seconds = self._clock.now() - began
-        self.sending_s += iteration.seconds
+        self._recent.add(self.page_bytes - page_bytes_before, iteration.seconds)
         iteration.wire_bytes = self.wire_bytes - wire_before
         self._before.difference(ledger.tally, iteration)
         self._before = _Counts.of(ledger.tally)
@@ -91,73 +91,59 @@ class Precopy:
 
     async def _send_free_records(self) -> None:
         """FREE for what earlier iterations sent; before any other record of this one (R9, R11)."""
-        while pages := self._ledger.pick_free(MAX_RUNS_PER_FRAME):
+        while pages := self._ledger.pick_free(self._free_pages()):
             await self._links[0].send_runs(FrameType.FREE, list(pages.runs()))
             self._ledger.freed(pages)
 
+    def _free_pages(self) -> int:
+        """For one FREE record: in the worst case each page is a run."""
+        return int(min(MAX_RUNS_PER_FRAME, max(1, self._allowance_bytes / RUN.size)))
+
     async def _drain(self, link: Link, batcher: Batcher) -> None:
         """One stream: pick, read, send, until nothing is left to pick."""
-        while pages := self._ledger.pick(self._batch_pages):
-            batch = await self._worker.run(batcher.build, pages.indices())
-            await self._send(link, pages, batch)
-
-    async def _send(self, link: Link, pages: PageBitmap, batch: Batch) -> None:
         ledger = self._ledger
-        if len(batch.zero):
-            zero = PageBitmap.of(ledger.pages, batch.zero)
-            pages -= zero
-            records = ledger.zero_records(zero)
-            if records:
-                await link.send_runs(FrameType.ZERO, list(records.runs()))
+        while pages := ledger.pick(self._shipment_pages()):
+            shipment = Shipment(pages.indices(), ledger.zero_records(pages), self._batch_pages, self._clock)
+            while not shipment.done:
+                await self._send(shipment, link, batcher)
+            zero = PageBitmap.of(ledger.pages, shipment.zero)
             ledger.zeroed(zero)
-        if len(batch.data):
-            began = self._clock.now()
-            await link.send_pages(runs_of(batch.data), batch.digests, batch.codec, batch.payload)
-            self._choice.sent(len(batch.payload), self._clock.now() - began)
-            self.page_bytes += len(batch.data) * PAGE_BYTES
-            self.payload_bytes += len(batch.payload)
-            ledger.sent_pages(pages)
+            ledger.sent_pages(pages - zero)
+
+    def _shipment_pages(self) -> int:
+        """Several batches, but only a fair share of what is left: the streams shall end together."""
+        share = self._ledger.to_send.count() // (2 * len(self._links))
+        return max(self._batch_pages, min(share, SHIPMENT_BATCHES * self._batch_pages))
+
+    async def _send(self, shipment: Shipment, link: Link, batcher: Batcher) -> None:
+        """As much as the link takes at once, and its wait for room; nothing before it is the link's turn."""
+        began = self._clock.now()
+        await link.turn()
+        waited_s = self._clock.now() - began
+        slot = self._room.slot()
+        try:
+            await self._send_with(await slot.take(), shipment, link, batcher, waited_s)
+        finally:
+            slot.give_back()
+
+    async def _send_with(
+        self, buffer: memoryview, shipment: Shipment, link: Link, batcher: Batcher, waited_s: float
+    ) -> None:
+        """``waited_s`` for bandwidth counts as sending: where that is what holds us up, packing pays."""
+        content, payload, seconds = shipment.page_bytes, shipment.payload_bytes, shipment.sending_s
+        await link.in_thread(self._worker, shipment.send, link, batcher, buffer, self._allowance_bytes)
+        began = self._clock.now()
+        await link.flush()
+        seconds = waited_s + shipment.sending_s - seconds + self._clock.now() - began
+        self._choice.sent(shipment.payload_bytes - payload, seconds)
+        self.page_bytes += shipment.page_bytes - content
+        self.payload_bytes += shipment.payload_bytes - payload
 
     async def end(self) -> None:
         """END on every stream, with counts and digest (R9)."""
         self._ledger.finish()
         for link in self._links:
             await link.send(link.sent.end(self._migration))
-
-    # -- tracking verification ----------------------------------------------------------------------
-
-    async def untracked(self) -> int:
-        """Compare the paused guest's RAM with what was last sent: pages that differ are writes nobody saw.
-
-        Pages skipped as free have no right content and are not compared. Holes and unsent zero pages must
-        still be zero.
-        """
-        wrong = 0
-        for pages, compare in ((self._ledger.sent, self._changed), (self._unsent(), self._not_zero)):
-            start = 0
-            while chunk := pages.lowest(_VERIFY_PAGES, start):
-                start = chunk.stop()
-                wrong += await self._worker.run(_in_batches, compare, chunk.indices())
-        return wrong
-
-    def _unsent(self) -> PageBitmap:
-        """Zero pages, and holes at arming that are none now: reading those allocates nothing."""
-        return self._ledger.zero | self._ram.touched(self._ledger.hole)
-
-    def _changed(self, indices: PageIndices, scratch: Pages) -> int:
-        digests = page_digests(self._ram.read(indices, scratch))
-        return len(self._digests.differing(indices, digests))
-
-    def _not_zero(self, indices: PageIndices, scratch: Pages) -> int:
-        return int((~zero_pages(self._ram.read(indices, scratch))).sum())
-
-
-def _in_batches(compare: Callable[[PageIndices, Pages], int], indices: PageIndices) -> int:
-    """The sum of ``compare`` over batches that fit the processor's cache."""
-    scratch = np.empty((BATCH_PAGES, PAGE_BYTES), np.uint8)
-    return sum(
-        compare(indices[low : low + BATCH_PAGES], scratch) for low in range(0, len(indices), BATCH_PAGES)
-    )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from migd.errors import (
     PeerError,
     PeerLost,
 )
+from migd.migration.convergence import Policy
 from migd.migration.journal import Mark
-from migd.migration.state import CANCELLABLE, SourceState
+from migd.migration.ports import Passage
+from migd.migration.state import ADJUSTABLE, CANCELLABLE, SourceState
 from migd.migration.stats import Iteration, Result
 from migd.source.attempt import Attempt
 from migd.source.handover import DestinationAborted, HandOver
@@ -54,6 +56,10 @@ class SourceSession:
         return self._attempt.migration
 
     @property
+    def passage(self) -> Passage:
+        return self._attempt.passage
+
+    @property
     def result(self) -> Result:
         """Complete when ``run`` has returned."""
         return self._attempt.result
@@ -67,9 +73,19 @@ class SourceSession:
         """True when nothing more will happen; UNKNOWN is no end."""
         return self._attempt.progress.ended
 
+    @property
+    def moving_s(self) -> float:
+        """From the request until the guest was started at the destination, or it was over, or until now."""
+        return self.result.total_s or self._attempt.elapsed_s
+
+    @property
+    def wire_bytes(self) -> int:
+        """Sent on data streams so far."""
+        return self.result.wire_bytes or self._phases.wire_bytes
+
     def iterations_ended(self) -> list[Iteration]:
         """Iterations whose figures are final."""
-        return self.result.iterations if self.ended else self._phases.iterations[:-1]
+        return self._attempt.iterations
 
     def balance_pages(self) -> tuple[int, int]:
         """(pages that need nothing more at this moment, all pages): for a progress bar."""
@@ -77,6 +93,17 @@ class SourceSession:
         if self.state is SourceState.COMPLETED:
             return (ledger.pages, ledger.pages)
         return (ledger.pages - ledger.to_send.count() if ledger.armed else 0, ledger.pages)
+
+    @property
+    def policy(self) -> Policy:
+        return self._attempt.policy
+
+    def change_policy(self, policy: Policy) -> bool:
+        """From the next decision on; False if there will be none, since the guest is paused or it is over."""
+        if self.state not in ADJUSTABLE:
+            return False
+        self._attempt.policy = policy
+        return True
 
     def cancel(self) -> bool:
         """Ask for the end of the attempt; False if it is too late (GO) or over."""
@@ -91,6 +118,7 @@ class SourceSession:
 
     async def run(self) -> Result:
         """Returns the result, failed or not. Cancelling the task is ``cancel``, until GO was sent."""
+        self._attempt.observer.began(self.passage)
         if await self._reach_go():
             await self._go()
         await self._end()
@@ -150,11 +178,13 @@ class SourceSession:
 
     async def _end(self) -> None:
         await self._farewell()
+        self._attempt.room.close()
         self._account()
+        await self._attempt.observer.finished(self.passage, self.result)
 
     async def _before_go(self) -> None:
         """Every phase up to READY, watched: it ends when peer or guest is lost. Then GO is journalled."""
-        await self._attempt.observer(self.state)
+        await self._attempt.observer.entered(self.passage, self.state)
         if self._cancelled:
             raise Cancelled("cancelled before it began")
         self._phases_task = asyncio.ensure_future(self._watched_phases())
@@ -165,9 +195,12 @@ class SourceSession:
             await asyncio.wait({self._phases_task})
             raise
         await self._attempt.mark(Mark.GO)
-        await self._attempt.observer(self.state)
+        await self._attempt.observer.entered(self.passage, self.state)
 
     async def _watched_phases(self) -> None:
+        if self.state is SourceState.WAITING:
+            await guarded(self._attempt.guest.verdict(), self._guest_lost())
+            await self._attempt.enter(SourceState.CONNECTING)
         await self._attempt.peer.connect()
         await guarded(self._explained(), self._attempt.peer.watch(), self._guest_lost())
         # No await may come between the last phase and this: from here on `cancel` is too late.
@@ -225,11 +258,8 @@ class SourceSession:
                 log.debug("%s: farewell: %s", self.migration, error)
 
     async def _disarm(self) -> None:
-        dirty_log, self._phases.dirty_log = self._phases.dirty_log, None
-        if dirty_log is not None:
-            dirty_log.close()
-            if self.state is not SourceState.COMPLETED:
-                await self._attempt.guest.disarm()
+        if self._phases.tracking.close() and self.state is not SourceState.COMPLETED:
+            await self._attempt.guest.disarm()
 
     def _account(self) -> None:
         """Figures into the result; what was sent or skipped counts no more (R15), unless GO may yet be."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 
 from migd.errors import PeerError, PeerLost, ProtocolError, Refused
 from migd.limits import Limits
-from migd.migration.ports import Clock, Link
+from migd.migration.bandwidth import Unlimited
+from migd.migration.ports import Bandwidth, Clock, Link, Worker
 from migd.ram.bitmap import Run
 from migd.tasks import guarded
 from migd.transport.channel import Channel
@@ -17,53 +19,127 @@ from migd.wire.messages import Message
 from migd.wire.protocol import Codec, FrameType
 
 M = TypeVar("M", bound=Message)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _INBOX_MESSAGES = 8
 """Beyond this many unread messages the link is not read any further: the peer feels TCP's back-pressure."""
 
 
+_LEAST_DEBT_BYTES = 64 << 10
+"""More than any frame that is sent where a limit allows hardly anything: one page, or a few runs."""
+
+
 class FrameLink:
     """See ``migd.migration.ports.Link``. Frames of concurrent senders do not mix; one task receives."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, bandwidth: Bandwidth | None = None) -> None:
         self._channel = channel
+        self._bandwidth = bandwidth or Unlimited()
+        self._paid_bytes = 0
         self._encoder = FrameEncoder()
         self._decoder = FrameDecoder()
         self._sending = asyncio.Lock()
         self.sent = self._encoder.account
         self.received = self._decoder.account
         self.sent_bytes = 0
+        self.received_bytes = 0
+        self._backlog: list[memoryview] = []
+
+    async def turn(self) -> None:
+        owed_bytes = self.sent_bytes - self._paid_bytes
+        self._paid_bytes = self.sent_bytes
+        # What a limit allowed that was lowered since is not held against the stream for seconds.
+        await self._bandwidth.take(min(owed_bytes, max(_LEAST_DEBT_BYTES, 2 * self._bandwidth.frame_bytes)))
 
     async def send(self, message: Message) -> None:
         async with self._sending:
             await self._put(self._encoder.message(message))
 
-    async def send_pages(self, runs: list[Run], digests: bytes, codec: Codec, payload: memoryview) -> None:
-        async with self._sending:
-            await self._put(self._encoder.pages(runs, digests, codec, len(payload)))
-            await self._put(payload)
-
     async def send_runs(self, kind: FrameType, runs: list[Run]) -> None:
+        await self.turn()
         async with self._sending:
             await self._put(self._encoder.runs(kind, runs))
 
     async def send_state(self, chunk: memoryview) -> None:
+        await self.turn()
         async with self._sending:
             await self._put(self._encoder.state(chunk))
 
     async def _put(self, data: bytes | memoryview) -> None:
+        await self._flush()
         await self._channel.send(data)
         self.sent_bytes += len(data)
 
-    async def receive(self) -> Frame:
+    async def _flush(self) -> None:
+        for data in self._backlog:
+            await self._channel.send(data)
+        self._backlog.clear()
+
+    async def receive(self, lend: Callable[[], Awaitable[memoryview]] | None = None) -> Frame:
         frame: Frame | None = None
         while frame is None:
-            received = await self._channel.receive_into(self._decoder.next_buffer())
-            if not received:
-                if self._decoder.at_boundary:
-                    raise PeerLost("the peer closed the connection")
-                raise PeerLost("the connection ended inside a frame")
-            frame = self._decoder.advance(received)
+            if self.starved and lend is not None:
+                self.lend(await lend())
+            frame = self._advance(await self._channel.receive_into(self._decoder.next_buffer()))
+        return frame
+
+    def lend(self, buffer: memoryview | None) -> None:
+        self._decoder.lend(buffer)
+
+    @property
+    def starved(self) -> bool:
+        return self._decoder.starved
+
+    @property
+    def at_boundary(self) -> bool:
+        return self._decoder.at_boundary
+
+    def _advance(self, received: int) -> Frame | None:
+        self.received_bytes += received
+        if received:
+            return self._decoder.advance(received)
+        if self._decoder.at_boundary:
+            raise PeerLost("the peer closed the connection")
+        raise PeerLost("the connection ended inside a frame")
+
+    # -- in a worker thread -------------------------------------------------------------------------
+
+    async def in_thread(self, worker: Worker, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._sending:
+            with self._channel.held():
+                return await worker.run(job, *args, **kwargs)
+
+    async def flush(self) -> None:
+        async with self._sending:
+            await self._flush()
+
+    @property
+    def congested(self) -> bool:
+        return bool(self._backlog)
+
+    def send_pages_now(self, runs: list[Run], digests: bytes, codec: Codec, payload: memoryview) -> None:
+        self._put_now(self._encoder.pages(runs, digests, codec, len(payload)))
+        self._put_now(payload)
+
+    def send_runs_now(self, kind: FrameType, runs: list[Run]) -> None:
+        self._put_now(self._encoder.runs(kind, runs))
+
+    def _put_now(self, data: bytes | memoryview) -> None:
+        self.sent_bytes += len(data)
+        sent = 0 if self._backlog else self._channel.send_now(data)
+        if sent < len(data):
+            self._backlog.append(memoryview(data)[sent:])
+
+    def receive_now(self) -> Frame | None:
+        frame: Frame | None = None
+        while frame is None:
+            if self.starved:
+                return None
+            received = self._channel.receive_now(self._decoder.next_buffer())
+            if received is None:
+                return None
+            frame = self._advance(received)
         return frame
 
     def close(self) -> None:

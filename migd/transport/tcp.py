@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable
 
 from migd.errors import ConfigError, MigdError, PeerLost, ResourceError
 from migd.limits import Limits
-from migd.migration.ports import Clock
+from migd.migration.bandwidth import Unlimited
+from migd.migration.ports import Bandwidth, Clock
 from migd.transport.channel import SocketChannel
 from migd.transport.link import Dialogue, FrameLink
-from migd.wire.framing import Frame
+from migd.wire import messages
+from migd.wire.framing import Frame, OtherFraming
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,44 @@ def refuse_open_plaintext(host: str, peer: str) -> None:
         )
 
 
+def refuse_open_listener(listen: str, *, insecure_plaintext: bool) -> None:
+    """ConfigError for a HOST:PORT beyond loopback, unless plaintext is accepted: then a warning."""
+    if insecure_plaintext:
+        log.warning(
+            "destination.insecure_plaintext is on: whoever reaches %s can read guest memory on its way and "
+            "send guests here",
+            listen,
+        )
+    elif not is_loopback(listen):
+        raise ConfigError(
+            f"destination.listen: {listen} can be reached from other hosts, and guest memory would "
+            f"cross the network in plaintext, unauthenticated; set destination.insecure_plaintext = true to "
+            f"accept that"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT leads to this host alone; a name that means nothing is the listener's to refuse."""
+    try:
+        found = socket.getaddrinfo(*parse_address(address), type=socket.SOCK_STREAM)
+    except OSError:
+        return True
+    return all(ipaddress.ip_address(str(place[0])).is_loopback for *_, place in found)
+
+
 class TcpConnector:
     """See ``migd.migration.ports.Connector``."""
 
     def __init__(
-        self, address: str, clock: Clock, limits: Limits, *, insecure_plaintext: bool = False
+        self,
+        address: str,
+        clock: Clock,
+        limits: Limits,
+        *,
+        insecure_plaintext: bool = False,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
+        self.bandwidth = bandwidth or Unlimited()
         self._host, self._port = parse_address(address)
         self._clock = clock
         self._limits = limits
@@ -82,7 +116,7 @@ class TcpConnector:
         except OSError as error:
             hint = "; is `migd destination` running there?" if error.errno == errno.ECONNREFUSED else ""
             raise PeerLost(f"{self.address}: {_reason(error)}{hint}") from error
-        return FrameLink(SocketChannel(sock))
+        return FrameLink(SocketChannel(sock), self.bandwidth)
 
     async def _first_that_answers(self) -> socket.socket:
         """A name may have several addresses (``localhost``: IPv6 and IPv4) and a daemon listen on one."""
@@ -151,6 +185,10 @@ class Listener:
         finally:
             self._sock.close()
 
+    def close(self) -> None:
+        """Stop listening, where ``run`` was never begun."""
+        self._sock.close()
+
     async def _greet(self, link: FrameLink) -> None:
         try:
             frame = await self._first_frame(link)
@@ -162,9 +200,19 @@ class Listener:
     async def _first_frame(self, link: FrameLink) -> Frame | None:
         try:
             async with asyncio.timeout(self._limits.hello_s):
-                return await link.receive()
+                return await self._received(link)
+        except OtherFraming as error:
+            log.warning("a connection was refused: %s", error)
+            return None
         except (TimeoutError, MigdError) as error:
             log.info("a connection ended before its first frame: %s", error or "too slow")
             return None
         finally:
             self._unauthenticated -= 1
+
+    async def _received(self, link: FrameLink) -> Frame:
+        try:
+            return await link.receive()
+        except OtherFraming as error:  # of our answer the peer can read just our framing version
+            await link.send(messages.Refuse(migration=messages.NO_MIGRATION, reason=str(error)))
+            raise

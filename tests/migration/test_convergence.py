@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from migd.migration.convergence import (
     HINT_MIN_SHARE,
+    RATE_MEMORY_BYTES,
     SWITCHOVER_OVERHEAD_S,
     Decision,
     Exhausted,
     Policy,
+    RecentRate,
     Standing,
     decide,
     estimated_pause_s,
@@ -56,6 +58,29 @@ def test_decide(
     assert decide(policy, Standing(iterations, elapsed_s, left, rate)) is decision
 
 
+@pytest.mark.parametrize(
+    ("policy", "iterations", "left", "harvest_s", "decision"),
+    [
+        # the harvest is part of the pause
+        (POLICY, 1, 100 * MB, 0.19, Decision.SWITCHOVER),
+        (POLICY, 1, 100 * MB, 0.2, Decision.ITERATE),
+        (POLICY, 1, 0, 0.3, Decision.SWITCHOVER),
+        # it is longer than the limit: iterate only while what is left is the larger part
+        (POLICY, 1, 2 * GB, 1.0, Decision.ITERATE),
+        (POLICY, 1, 1 * GB, 1.0, Decision.FORCE),
+        (POLICY, 1, 0, 1.0, Decision.FORCE),
+        (POLICY, 30, 2 * GB, 1.0, Decision.FORCE),
+        (CANCELLING, 1, 2 * GB, 1.0, Decision.ITERATE),
+        (CANCELLING, 1, 1 * GB, 1.0, Decision.CANCEL),
+        (CANCELLING, 1, 0, 1.0, Decision.CANCEL),
+    ],
+)
+def test_a_harvest_that_costs(
+    policy: Policy, iterations: int, left: int, harvest_s: float, decision: Decision
+) -> None:
+    assert decide(policy, Standing(iterations, 1.0, left, 1.0 * GB, harvest_s)) is decision
+
+
 def test_the_limit_itself_still_fits() -> None:
     left = int((POLICY.downtime_limit_s - OVERHEAD) * GB)
     assert decide(POLICY, Standing(1, 0.0, left, 1.0 * GB)) is Decision.SWITCHOVER
@@ -74,6 +99,7 @@ def test_the_limit_itself_still_fits() -> None:
 )
 def test_estimated_pause(left: int, rate: float, pause_s: float) -> None:
     assert estimated_pause_s(Standing(1, 0.0, left, rate)) == pytest.approx(pause_s)
+    assert estimated_pause_s(Standing(1, 0.0, left, rate, 2.0)) == pytest.approx(pause_s + 2)
 
 
 @given(
@@ -81,17 +107,20 @@ def test_estimated_pause(left: int, rate: float, pause_s: float) -> None:
     elapsed_s=st.floats(0, 1000),
     left=st.integers(0, 1 << 40),
     rate=st.floats(0, 1e11),
+    harvest_s=st.floats(0, 1),
     policy=st.sampled_from([POLICY, CANCELLING]),
 )
 def test_every_run_comes_to_an_end_and_a_pause_is_long_only_by_force(
-    iterations: int, elapsed_s: float, left: int, rate: float, policy: Policy
+    iterations: int, elapsed_s: float, left: int, rate: float, harvest_s: float, policy: Policy
 ) -> None:
-    decision = decide(policy, Standing(iterations, elapsed_s, left, rate))
+    decision = decide(policy, Standing(iterations, elapsed_s, left, rate, harvest_s))
     if decision is Decision.ITERATE:
         assert iterations < policy.max_iterations
         assert elapsed_s < policy.max_total_s
+    if decision is Decision.SWITCHOVER:
+        assert harvest_s <= policy.downtime_limit_s
     if decision is Decision.SWITCHOVER and left:
-        assert left / rate <= policy.downtime_limit_s
+        assert left / rate + harvest_s <= policy.downtime_limit_s
     assert (decision is Decision.FORCE) <= (policy is POLICY)
     assert (decision is Decision.CANCEL) <= (policy is CANCELLING)
 
@@ -112,3 +141,30 @@ def test_every_run_comes_to_an_end_and_a_pause_is_long_only_by_force(
 def test_hints_pay(applied: int, asked: int, left: int, rate: float, pays: bool) -> None:
     assert HINT_MIN_SHARE == 0.02
     assert hints_pay(applied, asked, left, POLICY, rate) is pays
+
+
+# -- the rate -------------------------------------------------------------------------------------------
+
+
+def test_no_rate_is_known_before_anything_was_sent() -> None:
+    assert RecentRate().bytes_s == 0
+
+
+def test_the_rate_is_that_of_late() -> None:
+    """A limit that was lifted is forgotten after as many bytes as are looked back on."""
+    rate = RecentRate()
+    rate.add(100 * MB, 100.0)
+    assert rate.bytes_s == pytest.approx(1 * MB)
+    for _ in range(3):
+        rate.add(50 * MB, 0.05)
+    assert rate.bytes_s > 10 * MB
+    rate.add(RATE_MEMORY_BYTES, RATE_MEMORY_BYTES / GB)
+    assert rate.bytes_s == pytest.approx(1 * GB)
+
+
+def test_a_few_pages_that_a_socket_buffer_swallowed_do_not_make_a_link_fast() -> None:
+    rate = RecentRate()
+    rate.add(200 * MB, 20.0)
+    for _ in range(10):
+        rate.add(40_960, 1e-6)
+    assert rate.bytes_s == pytest.approx(10 * MB, rel=0.02)

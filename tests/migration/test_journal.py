@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from migd.errors import ResourceError
-from migd.migration.journal import FORMAT, CorruptJournal, Journal, Mark, Record
+from migd.migration.journal import FORMAT, CorruptJournal, Journal, Mark, NewerJournal, Record
+from migd.wire.protocol import SOFTWARE
 
 ID = "0123456789abcdef" * 2
 OTHER = "f" * 32
@@ -65,9 +66,10 @@ def test_the_bytes_on_disk_are_one_json_line_a_record(journal: Journal, path: Pa
     journal.append(record())
     journal.append(record(Mark.STARTED, peer="", detail="x"))
     assert path.read_bytes() == (
-        b'{"format":1,"migration":"%s","mark":"go","guest":"vm1","peer":"127.0.0.1:7440","detail":""}\n'
-        b'{"format":1,"migration":"%s","mark":"started","guest":"vm1","peer":"","detail":"x"}\n'
-    ) % (ID.encode(), ID.encode())
+        b'{"format":2,"software":"%s","migration":"%s","mark":"go","guest":"vm1","peer":"127.0.0.1:7440",'
+        b'"detail":""}\n'
+        b'{"format":2,"software":"%s","migration":"%s","mark":"started","guest":"vm1","peer":"","detail":"x"}\n'
+    ) % (SOFTWARE.encode(), ID.encode(), SOFTWARE.encode(), ID.encode())
 
 
 def test_only_the_owner_can_read_it(journal: Journal, path: Path) -> None:
@@ -139,10 +141,82 @@ def test_a_file_that_cannot_be_read_decides_nothing(
     assert "\n" not in str(corrupt.value)
 
 
-def test_another_format_is_named(journal: Journal, path: Path) -> None:
-    path.write_bytes(GOOD.replace(b'"format":1', b'"format":2') + b"\n")
-    with pytest.raises(CorruptJournal, match=f"format 2, this migd writes {FORMAT}"):
+# -- other formats --------------------------------------------------------------------------------------
+
+FORMAT_1 = (
+    b'{"format":1,"migration":"%s","mark":"go","guest":"vm1","peer":"h:1","detail":"d"}\n' % ID.encode()
+)
+
+
+def test_an_older_format_is_read_and_continued(journal: Journal, path: Path) -> None:
+    path.write_bytes(FORMAT_1)
+    old = journal.last(ID)
+    assert old == Record(
+        format=1, software="", migration=ID, mark=Mark.GO, guest="vm1", peer="h:1", detail="d"
+    )
+    journal.append(msgspec.structs.replace(old, mark=Mark.STARTED))
+    first, second = journal.records(ID)
+    assert first == old
+    assert (second.format, second.software, second.mark, second.peer) == (
+        FORMAT,
+        SOFTWARE,
+        Mark.STARTED,
+        "h:1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "writer"),
+    [
+        (b'{"format":3,"software":"migd 0.9","migration":7,"who":{"runs":"it"}}', "migd 0.9"),
+        (b'{"format":4000}', "a later migd"),
+        (b'{"format":3,"software":"migd\\u001b[31m"}', "a later migd"),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", FORMAT_1])
+def test_a_newer_format_is_refused_with_who_wrote_it_and_what_to_do(
+    journal: Journal, path: Path, before: bytes, line: bytes, writer: str
+) -> None:
+    """However different its lines are; one of them is enough."""
+    path.write_bytes(before + line + b"\n")
+    with pytest.raises(NewerJournal) as refused:
         journal.last(ID)
+    assert str(refused.value) == (
+        f"journal {path}: {writer} wrote it in format {msgspec.json.decode(line)['format']}, {SOFTWARE} "
+        f"reads formats up to {FORMAT} and decides nothing from it: update migd here, or run the one that "
+        "wrote it"
+    )
+    assert refused.value.exit_code == 4
+
+
+@pytest.mark.parametrize("number", [b"0", b"-1", b'"2"', b"2.5", b"null"])
+def test_a_format_that_is_no_format(journal: Journal, path: Path, number: bytes) -> None:
+    path.write_bytes(GOOD.replace(b'"format":2', b'"format":' + number) + b"\n")
+    with pytest.raises(CorruptJournal, match="resolve by hand"):
+        journal.last(ID)
+
+
+# -- all of them ----------------------------------------------------------------------------------------
+
+
+def test_the_migrations_of_a_journal(journal: Journal, path: Path) -> None:
+    assert journal.migrations() == []
+    for migration in (OTHER, ID):
+        journal.append(record(migration=migration))
+    for name in ("notes.jsonl", f"{ID}.jsonl~", ID, f"{ID.upper()}.jsonl"):
+        (path.parent / name).touch()
+    assert journal.migrations() == [ID, OTHER]
+
+
+def test_a_forgotten_migration_is_unknown(journal: Journal) -> None:
+    for migration in (OTHER, ID):
+        journal.append(record(migration=migration))
+    journal.forget(ID)
+    journal.forget(ID)
+    assert journal.last(ID) is None
+    assert journal.migrations() == [OTHER]
+    with pytest.raises(ResourceError, match="no migration id"):
+        journal.forget("../x")
 
 
 def test_a_directory_where_the_file_should_be(journal: Journal, path: Path) -> None:

@@ -22,6 +22,7 @@ from migd.migration.state import (
 S, D = SourceState, DestinationState
 
 SOURCE: dict[str, str] = {
+    "waiting": "connecting aborting",
     "connecting": "arming pausing aborting",
     "arming": "bulk aborting",
     "bulk": "iterating pausing aborting",
@@ -48,7 +49,7 @@ DESTINATION: dict[str, str] = {
     "aborted": "",
     "failed": "",
 }
-TABLES = [(SOURCE_TRANSITIONS, SOURCE, S.CONNECTING), (DESTINATION_TRANSITIONS, DESTINATION, D.PREPARING)]
+TABLES = [(SOURCE_TRANSITIONS, SOURCE, S.WAITING), (DESTINATION_TRANSITIONS, DESTINATION, D.PREPARING)]
 Table = dict[StrEnum, frozenset[StrEnum]]
 
 PAIRS = [
@@ -106,6 +107,7 @@ def test_every_state_leads_to_an_end_and_no_end_leads_anywhere(
 
 def test_whatever_may_be_cancelled_can_abort_at_once_and_nothing_behind_go_may_be_cancelled() -> None:
     assert {
+        S.WAITING,
         S.CONNECTING,
         S.ARMING,
         S.BULK,
@@ -124,7 +126,7 @@ def test_whatever_may_be_cancelled_can_abort_at_once_and_nothing_behind_go_may_b
 def test_go_cannot_be_passed_by() -> None:
     """Nothing but GOING leads from a guest that is the source's to one that is not (G2)."""
     without = {state: after - {S.GOING} for state, after in SOURCE_TRANSITIONS.items()}
-    assert not reach(without, S.CONNECTING) & {S.GOING, S.UNKNOWN, S.VERIFYING, S.COMPLETED}
+    assert not reach(without, S.WAITING) & {S.GOING, S.UNKNOWN, S.VERIFYING, S.COMPLETED}
 
 
 def test_an_unknown_outcome_is_decided_by_the_answer_to_go_only() -> None:
@@ -140,5 +142,6 @@ def test_a_destination_aborts_by_itself_until_go_and_never_after() -> None:
 
 def test_progress_begins_where_the_roles_begin() -> None:
     assert source_progress().path == [S.CONNECTING]
+    assert source_progress(waiting=True).path == [S.WAITING]
     assert destination_progress().path == [D.PREPARING]
     assert not source_progress().ended

@@ -10,20 +10,31 @@ from typing import Any, cast
 import pytest
 
 from migd.config import Config
-from migd.daemon import Daemon, Role
-from migd.errors import OutcomeUnknown
+from migd.daemon.departures import Departures
+from migd.daemon.returns import Returns
 from migd.guest.hosted import HostedGuest
+from migd.guest.registry import GuestRegistry
+from migd.host import MonotonicClock, SystemEntropy, ThreadWorker
 from migd.limits import Limits
 from migd.migration.journal import Journal, Mark, Record
+from migd.source.attempt import SourceServices
+from migd.transport.in_flight import SharedRoom
+from tests.support.scripted_guest import Observed
 
 MIGRATION = "ab" * 16
+LIMITS = Limits(go_s=0.2, connect_s=0.2)
 
 
 @pytest.mark.parametrize("went", [True, False], ids=["GO follows", "no GO follows"])
 async def test_the_journal_is_asked_only_when_the_session_is_over(tmp_path: Path, went: bool) -> None:
     """G2: on a slow disk GO is being written; the guest may not be resumed because it is not there yet."""
-    daemon = Daemon(Role.SOURCE, Config(limits=Limits(go_s=0.2, connect_s=0.2)), tmp_path)
-    daemon._departures = Journal(tmp_path / "journal")
+    departed, arrived = Journal(tmp_path / "source"), Journal(tmp_path / "destination")
+    worker, guests = ThreadWorker(1), cast(GuestRegistry, None)
+    services = SourceServices(
+        MonotonicClock(), worker, departed, LIMITS, Observed(), SystemEntropy(), SharedRoom(1).open
+    )
+    departures = Departures(Config(limits=LIMITS), guests, services)
+    returns = Returns(guests, departures, departed, arrived, worker, LIMITS, Observed())
     resumed: list[str] = []
 
     async def resume() -> None:
@@ -33,15 +44,13 @@ async def test_the_journal_is_asked_only_when_the_session_is_over(tmp_path: Path
         await asyncio.sleep(0.2)
         assert not resumed
         if went:
-            # A port that nothing listens on: the destination does not answer.
-            daemon._departures.append(Record(migration=MIGRATION, mark=Mark.GO, peer="127.0.0.1:1"))
+            # A port that nothing listens on: the destination does not answer, and nothing is decided.
+            departed.append(Record(migration=MIGRATION, mark=Mark.GO, peer="127.0.0.1:1"))
 
-    guest = cast(HostedGuest, SimpleNamespace(name="vm1", migration=MIGRATION, resume=resume))
-    daemon._running[MIGRATION] = asyncio.ensure_future(write_go())
-    if went:
-        daemon._worker = cast(Any, None)  # nothing is decided, so nothing is written
-        with pytest.raises(OutcomeUnknown):
-            await daemon._return_paused(guest)
-    else:
-        await daemon._return_paused(guest)
+    guest = SimpleNamespace(name="vm1", migration=MIGRATION, state="paused", resume=resume)
+    departures._running[MIGRATION] = asyncio.ensure_future(write_go())
+    await returns.receive(cast(HostedGuest, guest))
+    worker.close()
     assert resumed == ([] if went else [MIGRATION])
+    last = departed.last(MIGRATION)
+    assert (last.mark if last else None) == (Mark.GO if went else None)

@@ -273,6 +273,7 @@ async def answer_requests(sock: socket.socket, hello: bytes, reply: bytes, *, cl
         (hints.encode(hints.Hello(FreeContract.ANYTHING, 1, 65536, PAGES)), b"", UNDECLARED),
         (hints.encode(hints.Hello(99, 1, 4096, PAGES)), b"", UNDECLARED),
         (HELLO, b"", UNANSWERED),
+        (HELLO, hints.encode(hints.End(1, 0)), "no page was free"),
         (HELLO, hints.encode(hints.Bitmap(1, 0, PAGES, b"\xff" * (PAGES // 8)))[:-3], UNANSWERED),
         (HELLO, hints.encode(hints.Ranges(1, ((PAGES * 4096, 1 << 62), (0, 0)))), UNANSWERED),
         (HELLO, b"\x00garbage\xff" * 1000, UNANSWERED),
@@ -280,7 +281,7 @@ async def answer_requests(sock: socket.socket, hello: bytes, reply: bytes, *, cl
     ],
     ids=[
         "silence", "half a hello", "other RAM", "other pages", "other contract",
-        "no answer", "half an answer", "outside RAM", "noise", "bad records",
+        "no answer", "nothing free", "half an answer", "outside RAM", "noise", "bad records",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("closes", [False, True], ids=["stays", "closes"])
@@ -519,3 +520,100 @@ async def test_a_long_pause_is_no_stall(tmp_path: Path) -> None:
         result = await sides.migrate()
         assert_moved(sides)
         assert result.wrong_pages == 0
+
+
+# -- a guest that has just arrived ---------------------------------------------------------------------------
+
+
+async def test_a_guest_that_awaits_a_verdict_leaves_once_it_is_there(tmp_path: Path) -> None:
+    """Nothing is sent before, not even HELLO."""
+    guest = ScriptedGuest()
+    guest.awaits_verdict = True
+    said = asyncio.Event()
+    guest.judgement = said.wait
+    async with joined(guest, tmp_path) as sides:
+        moving = asyncio.ensure_future(sides.migrate())
+        await sides.until(lambda: guest.calls == ["verdict"], "the session to wait")
+        assert sides.session is not None
+        assert sides.session.state is S.WAITING
+        assert not sides.reception.sessions
+        said.set()
+        result = await moving
+        assert (result.outcome, result.states) == ("completed", [S.WAITING, *MOVED])
+
+
+async def bad_verdict() -> None:
+    raise GuestError("the verdict on its arrival was bad")
+
+
+@pytest.mark.parametrize("how", ["a bad verdict", "a cancel", "the guest's end"])
+async def test_a_guest_that_awaits_a_verdict_may_also_stay(tmp_path: Path, how: str) -> None:
+    guest = ScriptedGuest()
+    guest.awaits_verdict = True
+    async with joined(guest, tmp_path) as sides:
+        if how == "a bad verdict":
+            guest.judgement = bad_verdict
+        moving = asyncio.ensure_future(sides.migrate())
+        await sides.until(lambda: guest.calls == ["verdict"], "the session to wait")
+        assert sides.session is not None
+        if how == "a cancel":
+            assert sides.session.cancel()
+        if how == "the guest's end":
+            guest.die()
+        result = await moving
+        assert result.states == [S.WAITING, S.ABORTING, S.CANCELLED if how == "a cancel" else S.FAILED]
+        assert result.exit_code == (130 if how == "a cancel" else 1)
+        assert guest.calls == ["verdict"], "it was neither armed nor paused, so nothing is undone"
+        assert not sides.reception.sessions
+
+
+async def test_the_verdict_lets_the_arrived_guest_go_on(tmp_path: Path) -> None:
+    guest = ScriptedGuest()
+    async with joined(guest, tmp_path) as sides:
+        await sides.migrate()
+        assert sides.arrived.judgements == 1
+
+
+async def test_a_bad_verdict_is_acted_on_although_its_connection_ends_behind_it(tmp_path: Path) -> None:
+    guest = ScriptedGuest()
+
+    def spoil() -> None:
+        guest.smuggle(3)
+        sides.arrived.pause_takes_s = 0.2
+
+    async with joined(guest, tmp_path) as sides:
+        sides.at_destination.at[D.RUNNING] = spoil
+        result = await sides.migrate(SourceOptions(verify=Verify.LATE))
+        assert (result.exit_code, result.states[-1]) == (5, S.FAILED)
+        assert sides.arrival.path == [*ARRIVED[:-1], D.FAILED]
+        assert sides.arrived.calls[-1] == "pause"
+        assert sides.arrived.judgements == 1
+        record = sides.arrival.record
+        assert (record.outcome, record.exit_code) == ("failed", 5)
+        assert "the source found untracked writes (late: 1 pages differ): guest paused" in record.error
+
+
+# -- what observers are told ---------------------------------------------------------------------------------
+
+
+async def test_an_observer_is_told_everything_in_order(tmp_path: Path) -> None:
+    guest = ScriptedGuest()
+    guest.at_harvest = {1: lambda: guest.write(3)}
+    async with joined(guest, tmp_path) as sides:
+        result = await sides.migrate(SourceOptions(policy=RELENTLESS))
+        out, back = sides.at_source.calls, sides.at_destination.calls
+        assert (out[0], out[-1]) == ("began", "finished")
+        assert [call for call in out if call not in ("began", "iterated", "finished")] == result.states
+        assert out.count("iterated") == len(result.iterations) > 1
+        assert back == ["began", *ARRIVED, "finished"]
+
+
+async def test_an_unknown_outcome_that_is_resolved_finishes_twice(tmp_path: Path) -> None:
+    guest = ScriptedGuest()
+    async with joined(guest, tmp_path) as sides:
+        sides.at_destination.at[D.STARTING] = lambda: sides.arrived.die()
+        await sides.migrate()
+        assert sides.session is not None
+        await sides.session.resolve()
+        assert sides.at_source.calls.count("began") == 1
+        assert sides.at_source.calls.count("finished") == 2

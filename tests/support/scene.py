@@ -19,7 +19,11 @@ from tests.support.pair import DaemonPair, Nursery, daemon_pair, eventually, ram
 
 Phase = SourceState | DestinationState
 
-PHASES: list[Phase] = [*SourceState, *DestinationState]
+PHASES: list[Phase] = [
+    *(state for state in SourceState if state is not SourceState.WAITING),
+    *DestinationState,
+]
+"""A guest waits only where it has just arrived: ``tests/e2e/test_serve.py``."""
 
 _PATIENT = "hello_s = 60\nbegin_s = 60\nready_s = 60\ndead_s = 60\nprogress_s = 60\nguest_s = 20\n"
 SOURCE_LIMITS = f"[limits]\n{_PATIENT}go_s = 2\ncheck_s = 10\n"
@@ -50,7 +54,7 @@ class Scene:
         nursery = Nursery(directory / "guest.sock", directory)
         for name in map(name_of, self.phases):
             self.pair.guests[name] = nursery.start(
-                name, ram_bytes=16 << 20, workload="churn", rate_bytes_s=4_000_000
+                name, ram_bytes=(16 << 20,), workload="churn", rate_bytes_s=4_000_000
             )
         nursery.close()
         for guest in self.pair.guests.values():

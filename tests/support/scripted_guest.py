@@ -22,24 +22,28 @@ import numpy as np
 from migd.destination.handover import HandOver
 from migd.destination.reception import Reception
 from migd.destination.session import DestinationServices, DestinationSession
-from migd.errors import GuestError
+from migd.errors import GuestError, LiveUnsupported
 from migd.guest.hint_receiver import SocketHints
 from migd.host import MonotonicClock, SystemEntropy, ThreadWorker
 from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.migration.journal import Journal
-from migd.migration.ports import HintChannel, HintSink, PauseReport, Resumption, SelfCheck
-from migd.migration.stats import Result
+from migd.migration.ports import HintChannel, HintSink, Passage, PauseReport, Resumption, SelfCheck
+from migd.migration.stats import Arrival, Iteration, Result
 from migd.ram.bitmap import PageBitmap
-from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock, RamLayout
+from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 from migd.ram.contract import FreeContract
 from migd.ram.digest import frame_digest
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog, WriteProtection
+from migd.ram.layout import RamLayout
 from migd.source.attempt import Attempt, SourceOptions, SourceServices
 from migd.source.peer import DestinationPeer
 from migd.source.session import SourceSession
+from migd.transport.bandwidth import MigrationBandwidth, SharedBandwidth
+from migd.transport.in_flight import SharedRoom
 from migd.transport.link import Dialogue
 from migd.transport.tcp import Listener, TcpConnector
+from migd.wire import handshake, messages
 
 MIGRATION = "5e" * 16
 PAGES = 512
@@ -78,14 +82,16 @@ class _ScriptedLog:
     """The kernel's log, with the script's turn before each harvest."""
 
     name = "userfaultfd"
+    sees_writes = True
+    cost_s = 0.0
 
     def __init__(self, log: KernelDirtyLog, before: Callable[[], None]) -> None:
         self._log = log
         self._before = before
 
-    def harvest(self) -> PageBitmap:
+    async def harvest(self) -> PageBitmap:
         self._before()
-        return self._log.harvest()
+        return await self._log.harvest()
 
     def close(self) -> None:
         self._log.close()
@@ -106,6 +112,7 @@ class ScriptedGuest:
         self._memory = np.frombuffer(self._mapping, np.uint8).reshape(PAGES, PAGE_BYTES)
         self._protection: WriteProtection | None = None
         self._bitmap = bitmap
+        self.reports_free_at_pause = bitmap
         self._random = np.random.default_rng(1)
         self.scripted_hints = ScriptedHints(contract)
         self.hints: HintChannel | None = self.scripted_hints
@@ -117,6 +124,10 @@ class ScriptedGuest:
         self.at_harvest_after_pause: dict[int, Act] = {}
         self._harvests = 0
         self.at_pause: Act = lambda: None
+        self.can_arm = True
+        self.awaits_verdict = False
+        self.judgement: Callable[[], Awaitable[object]] = asyncio.Event().wait
+        """Of the migration that it arrived by, if it awaits a verdict."""
         self._gone = asyncio.Event()
         self.write(*range(owned))
 
@@ -125,9 +136,15 @@ class ScriptedGuest:
     def write(self, *pages: int) -> None:
         """Own these pages and store new content, as a guest does."""
         for page in pages:
-            content = self._random.bytes(PAGE_BYTES)
-            self.knows[page] = frame_digest(content).hex()
-            self._memory[page] = np.frombuffer(content, np.uint8)
+            self.store(page, self._random.bytes(PAGE_BYTES))
+
+    def store(self, page: int, content: bytes) -> None:
+        """Own this page and store this content, which may be what is there already."""
+        self.knows[page] = frame_digest(content).hex()
+        self._memory[page] = np.frombuffer(content, np.uint8)
+
+    def content(self, page: int) -> bytes:
+        return bytes(self._memory[page])
 
     def touch(self, page: int) -> None:
         """Store what is there already."""
@@ -166,6 +183,8 @@ class ScriptedGuest:
 
     async def arm(self) -> _ScriptedLog:
         self.calls.append("arm")
+        if not self.can_arm:
+            raise LiveUnsupported("the kernel cannot track writes (the script says so)")
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self._protection = WriteProtection([(address, len(self._mapping))])
         pagemap_fd = os.dup(self._protection.pagemap_fd)
@@ -182,6 +201,10 @@ class ScriptedGuest:
     async def disarm(self) -> None:
         self.calls.append("disarm")
         self._unprotect()
+
+    async def verdict(self) -> None:
+        self.calls.append("verdict")
+        await self.judgement()
 
     async def pause(self, migration: str) -> PauseReport:
         self.at_pause()
@@ -218,6 +241,8 @@ class ArrivedGuest:
         self.ram = ram
         self.knows: dict[int, str] = {}
         self.calls: list[str] = []
+        self.judgements = 0
+        self.pause_takes_s = 0.0
         self._gone = asyncio.Event()
 
     async def attached(self) -> None:
@@ -238,8 +263,12 @@ class ArrivedGuest:
         return Resumption(1, 2)
 
     async def pause(self, migration: str) -> PauseReport:
+        await asyncio.sleep(self.pause_takes_s)
         self.calls.append("pause")
         return PauseReport(b"", None)
+
+    def judged(self) -> None:
+        self.judgements += 1
 
     async def self_check(self) -> SelfCheck:
         wrong = [page for page, digest in self.knows.items() if frame_digest(self.page(page)).hex() != digest]
@@ -279,10 +308,22 @@ class Observed:
 
     def __init__(self) -> None:
         self.states: list[str] = []
+        self.calls: list[str] = []
+        """Everything it was told, in order."""
         self.at: dict[str, Callable[[], object | Awaitable[object]]] = {}
 
-    async def __call__(self, state: str) -> None:
+    def began(self, passage: Passage) -> None:
+        self.calls.append("began")
+
+    def iterated(self, passage: Passage, iteration: Iteration) -> None:
+        self.calls.append("iterated")
+
+    async def finished(self, passage: Passage, record: Result | Arrival) -> None:
+        self.calls.append("finished")
+
+    async def entered(self, passage: Passage, state: str) -> None:
         self.states.append(state)
+        self.calls.append(state)
         if state in self.at:
             result = self.at[state]()
             if isinstance(result, Awaitable):
@@ -304,6 +345,7 @@ class Joined:
         self.worker = ThreadWorker(2)
         self.ledger: Ledger[PageBitmap] = Ledger(PAGES, PageBitmap)
         self.peer: DestinationPeer | None = None
+        self.bandwidth: MigrationBandwidth | None = None
         self.session: SourceSession | None = None
         services = DestinationServices(
             clock=self.clock,
@@ -314,8 +356,9 @@ class Joined:
             guests=self.host,
             observer=self.at_destination,
             max_streams=8,
+            room=SharedRoom(4).open,
         )
-        self.reception = Reception(services, self._converse, self._revive)
+        self.reception = Reception(services, self._converse, self._revive, self._about)
         self.listener = Listener("127.0.0.1:0", self.reception.serve, limits)
 
     def _converse(self, link: object, migration: str) -> Dialogue:
@@ -323,6 +366,9 @@ class Joined:
 
     async def _revive(self, migration: str) -> HandOver:
         raise GuestError(f"{migration}: nothing was here before")
+
+    def _about(self, question: messages.Probe) -> messages.About:
+        return handshake.about(question, realtime_ns=1, free_bytes=PAGES * PAGE_BYTES, max_streams=8)
 
     @property
     def arrived(self) -> ArrivedGuest:
@@ -334,11 +380,17 @@ class Joined:
 
     async def migrate(self, options: SourceOptions | None = None, migration: str = MIGRATION) -> Result:
         """Run both sides to their ends."""
-        self.peer = DestinationPeer(
-            TcpConnector(self.listener.address, self.clock, self.limits), migration, self.clock, self.limits
-        )
+        self.bandwidth = SharedBandwidth(0, self.clock).open()
+        connector = TcpConnector(self.listener.address, self.clock, self.limits, bandwidth=self.bandwidth)
+        self.peer = DestinationPeer(connector, migration, self.clock, self.limits)
         services = SourceServices(
-            self.clock, self.worker, Journal(self.source_journal), self.limits, self.at_source
+            self.clock,
+            self.worker,
+            Journal(self.source_journal),
+            self.limits,
+            self.at_source,
+            SystemEntropy(),
+            SharedRoom(2).open,
         )
         attempt = Attempt(migration, self.guest, self.ledger, self.peer, options or SourceOptions(), services)
         self.session = SourceSession(attempt)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from migd.limits import Limits
+from migd.migration.ports import Bandwidth
 from migd.transport.channel import SocketChannel
 from migd.transport.link import Dialogue, FrameLink
 from migd.wire.framing import Frame, FrameDecoder, FrameEncoder
@@ -70,11 +71,11 @@ class Peer:
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[tuple[FrameLink, Peer]]:
+async def connected(bandwidth: Bandwidth | None = None) -> AsyncIterator[tuple[FrameLink, Peer]]:
     """A link and its peer, both closed afterwards."""
     ours, theirs = tcp_pair()
     theirs.setblocking(False)
-    link = FrameLink(SocketChannel(ours))
+    link = FrameLink(SocketChannel(ours), bandwidth)
     try:
         yield link, Peer(theirs)
     finally:

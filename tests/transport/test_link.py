@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
 
 import pytest
 
 from migd.errors import PeerError, PeerLost, ProtocolError, Refused
+from migd.host import ThreadWorker
 from migd.limits import Limits
+from migd.ram.bitmap import Run
 from migd.ram.digest import frame_digest
 from migd.transport.channel import SocketChannel
 from migd.transport.link import FrameLink
@@ -24,18 +28,37 @@ QUICK = Limits(ping_s=0.02, dead_s=0.1)
 # -- FrameLink ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def worker() -> Iterator[ThreadWorker]:
+    worker = ThreadWorker(2)
+    yield worker
+    worker.close()
+
+
+async def send_pages(
+    link: FrameLink, runs: list[Run], digests: bytes, codec: Codec, payload: memoryview
+) -> None:
+    """As a session does it: in a thread as far as the socket takes it, the rest by the loop."""
+    worker = ThreadWorker(1)
+    try:
+        await link.in_thread(worker, link.send_pages_now, runs, digests, codec, payload)
+    finally:
+        worker.close()
+    await link.flush()
+
+
 async def test_every_kind_of_frame_crosses_a_link() -> None:
     content = bytes(range(256)) * 32
     async with connected() as (link, peer):
         await link.send(READY)
-        await link.send_pages([(3, 5)], frame_digest(b"") * 2, Codec.NONE, memoryview(content))
+        await send_pages(link, [(3, 5)], frame_digest(b"") * 2, Codec.NONE, memoryview(content))
         await link.send_runs(FrameType.FREE, [(0, 1), (5, 9)])
         await link.send_state(memoryview(b"state"))
         assert (await peer.hear()).message() == READY
         pages = await peer.hear()
-        assert (pages.type, pages.page_runs(10).tolist()) == (FrameType.PAGES, [[3, 5]])
+        assert (pages.type, pages.page_runs(10)) == (FrameType.PAGES, [(3, 5)])
         assert bytes(pages.payload) == content
-        assert (await peer.hear()).page_runs(10).tolist() == [[0, 1], [5, 9]]
+        assert (await peer.hear()).page_runs(10) == [(0, 1), (5, 9)]
         assert (await peer.hear()).metadata == b"state"
         assert peer.decoder.account == link.sent
         assert (link.sent.frames, link.sent.pages, link.sent.free) == (2, 2, 5)
@@ -46,7 +69,7 @@ async def test_every_kind_of_frame_crosses_a_link() -> None:
 async def test_sent_bytes_counts_every_byte() -> None:
     async with connected() as (link, peer):
         await link.send(READY)
-        await link.send_pages([(0, 1)], bytes(16), Codec.LZ4, memoryview(b"abc"))
+        await send_pages(link, [(0, 1)], bytes(16), Codec.LZ4, memoryview(b"abc"))
         assert link.sent_bytes == len(FrameEncoder().message(READY)) + 48 + 8 + 16 + 3
         assert (await peer.hear()).type is FrameType.READY
 
@@ -58,7 +81,7 @@ async def test_frames_of_concurrent_senders_do_not_mix() -> None:
         async with asyncio.TaskGroup() as tasks:
             for number in range(8):
                 tasks.create_task(
-                    link.send_pages([(number * 512, number * 512 + 512)], digests, Codec.NONE, content)
+                    send_pages(link, [(number * 512, number * 512 + 512)], digests, Codec.NONE, content)
                 )
                 tasks.create_task(link.send(messages.Barrier(migration=ID, iteration=number)))
             kinds = [(await peer.hear()).type for _ in range(16)]
@@ -270,7 +293,7 @@ async def test_a_sender_waits_for_a_peer_that_does_not_read() -> None:
         async def pour() -> None:
             for number in range(50):
                 run = (number * 512, number * 512 + 512)
-                await link.send_pages([run], bytes(16 * 512), Codec.NONE, content)
+                await send_pages(link, [run], bytes(16 * 512), Codec.NONE, content)
 
         pouring = asyncio.create_task(pour())
         before = -1
@@ -282,6 +305,75 @@ async def test_a_sender_waits_for_a_peer_that_does_not_read() -> None:
             await peer.hear()
         await pouring
         assert peer.decoder.account == link.sent
+
+
+async def test_a_job_does_not_wait_for_a_peer_that_does_not_read(worker: ThreadWorker) -> None:
+    content = memoryview(bytes(2 << 20))
+
+    def until_congested(link: FrameLink) -> int:
+        sent = 0
+        while not link.congested:
+            link.send_pages_now([(0, 512)], bytes(16 * 512), Codec.NONE, content)
+            sent += 1
+        return sent
+
+    async with connected() as (link, peer):
+        sent = await link.in_thread(worker, until_congested, link)
+        assert 0 < sent < 64
+        flushing = asyncio.create_task(link.flush())
+        barrier = asyncio.create_task(link.send(messages.Barrier(migration=ID, iteration=0)))
+        await asyncio.sleep(0.05)
+        assert not flushing.done()
+        kinds = [(await peer.hear()).type for _ in range(sent + 1)]
+        assert kinds == [FrameType.PAGES] * sent + [FrameType.BARRIER]
+        await flushing
+        await barrier
+        assert not link.congested
+        assert peer.decoder.account == link.sent
+
+
+async def test_a_job_takes_what_is_there_and_leaves_the_rest_to_the_loop(worker: ThreadWorker) -> None:
+    def take_all(link: FrameLink) -> int:
+        taken = 0
+        while link.receive_now() is not None:
+            taken += 1
+        return taken
+
+    async with connected() as (link, peer):
+        data = b"".join(peer.encoder.message(READY) for _ in range(10))
+        await peer.send(data[:-1])
+        taken = 0
+        while taken < 9:
+            taken += await link.in_thread(worker, take_all, link)
+        waiting = asyncio.create_task(link.receive())
+        await asyncio.sleep(0)
+        await peer.send(data[-1:])
+        assert (await waiting).message() == READY
+        peer.sock.close()
+        with pytest.raises(PeerLost, match="closed the connection"):
+            await link.in_thread(worker, take_all, link)
+
+
+@pytest.mark.parametrize("job", ["sends", "receives"])
+async def test_closing_a_link_ends_the_job_that_uses_it(worker: ThreadWorker, job: str) -> None:
+    content = memoryview(bytes(2 << 20))
+    begun = threading.Event()
+
+    def for_ever(link: FrameLink) -> None:
+        while True:
+            if job == "sends":
+                link.send_pages_now([(0, 512)], bytes(16 * 512), Codec.NONE, content)
+                link._backlog.clear()
+            else:
+                link.receive_now()
+            begun.set()
+
+    async with connected() as (link, _):
+        working = asyncio.create_task(link.in_thread(worker, for_ever, link))
+        await asyncio.to_thread(begun.wait)
+        link.close()
+        with pytest.raises(PeerLost):
+            await working
 
 
 async def test_nothing_is_left_behind() -> None:
