@@ -9,8 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from migd.control.commands import Moving, StatusReport
-from migd.migration.stats import Iteration, Result
+from migd.control.commands import MigrationStatus, Moving, Remembered, StatusReport
+from migd.control.documents import ListDocument
+from migd.migration.stats import Arrival, Iteration, Result
+from migd.ram.block import PAGE_BYTES
+from migd.sizes import bandwidth_text
+
+_ID_DIGITS = 8
+"""Of a migration's id in tables: enough to name it by."""
+
+_ARROWS = {"out": "->", "in": "<-"}
 
 
 class Narrator:
@@ -84,6 +92,7 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
         ("holes", str(result.hole_pages)),
         ("FREE records", str(result.free_records)),
         ("rescued", str(result.rescued_pages)),
+        ("reclaimed", str(result.reclaimed_pages)),
         ("dirty after the pause", str(result.late_dirty_pages)),
         ("hints applied", str(result.hints_applied)),
         (
@@ -106,6 +115,61 @@ def result_text(result: Result) -> str:
     return headline if result.outcome != "completed" else f"{headline}\n{comparison_text([('', result)])}"
 
 
+def arrival_text(record: Arrival) -> str:
+    """One arrival: what became of it, and in how long."""
+    headline = f"{record.guest} <- {record.peer}: {record.outcome}"
+    if record.error:
+        headline += f": {record.error}"
+    size, placed = record.ram_pages * PAGE_BYTES / 2**20, record.placed_bytes / 2**20
+    return f"{headline}\n{size:.0f} MiB of RAM, {placed:.0f} MiB by records, in {record.total_s * 1e3:.0f} ms"
+
+
+def record_text(record: Result | Arrival) -> str:
+    """The outcome of a migration, whichever way it went."""
+    return result_text(record) if isinstance(record, Result) else arrival_text(record)
+
+
+def history_text(entries: list[Remembered]) -> str:
+    """Migrations that are over, one line each."""
+    table = _table("ended", "migration", "guest", "", "peer", "outcome", "took", "error")
+    for entry in entries:
+        record = entry.record
+        table.add_row(
+            entry.ended,
+            record.migration[:_ID_DIGITS],
+            record.guest,
+            "->" if isinstance(record, Result) else "<-",
+            record.peer,
+            record.outcome,
+            f"{record.total_s:.3f} s",
+            record.error,
+        )
+    return _rendered(table) if entries else "no migration is remembered"
+
+
+def list_text(found: ListDocument) -> str:
+    """Guests, then migrations that go on, one line each."""
+    table = _table("daemon", "what", "name", "guest", "state", "")
+    for guest in found.guests:
+        words = f"{guest.ram_bytes / 2**20:.0f} MiB, pid {guest.pid}"
+        table.add_row(guest.daemon, "guest", guest.name, guest.name, guest.state, words)
+    for moving in found.migrations:
+        words = f"{_ARROWS[moving.direction]} {moving.peer}, {_share(moving)} done, {_moved(moving)}"
+        name = moving.migration[:_ID_DIGITS]
+        table.add_row(moving.daemon, "migration", name, moving.guest, moving.state, words)
+    return _rendered(table) if table.row_count else "no guest is attached, and no migration goes on"
+
+
+def _share(moving: MigrationStatus) -> str:
+    return f"{moving.done_pages / moving.total_pages:.0%}" if moving.total_pages else "-"
+
+
+def _moved(moving: MigrationStatus) -> str:
+    """Bytes and mean rate so far. No time left: what the guest will write meanwhile nobody knows."""
+    rate = moving.moved_bytes / moving.elapsed_s / 1e6 if moving.elapsed_s else 0.0
+    return f"{moving.moved_bytes / 1e6:.0f} MB in {moving.elapsed_s:.1f} s ({rate:.0f} MB/s)"
+
+
 def comparison_text(results: list[tuple[str, Result]]) -> str:
     """Several results side by side under their names."""
     table = Table(box=None, pad_edge=False, show_header=len(results) > 1, header_style="")
@@ -124,22 +188,35 @@ def status_text(found: StatusReport) -> str:
         f"migd {found.role} {found.version}, pid {found.pid}, {found.runtime_dir}",
         *([f"listening on {found.listen} (plaintext)"] if found.listen else []),
         f"write tracking: {found.write_tracking}",
+        f"bandwidth: outgoing {bandwidth_text(found.max_outgoing_bytes_s)}, "
+        f"incoming {bandwidth_text(found.max_incoming_bytes_s)}",
     ]
-    guests = Table("guest", "state", "RAM", "pid", "migration", box=None, pad_edge=False)
+    guests = _table("guest", "state", "RAM", "pid", "migration")
     for guest in found.guests:
         size = f"{guest.ram_bytes / 2**20:.0f} MiB"
-        guests.add_row(guest.name, guest.state, size, str(guest.pid), guest.migration[:8])
-    migrations = Table("migration", "guest", "", "peer", "state", "done", "error", box=None, pad_edge=False)
+        guests.add_row(guest.name, guest.state, size, str(guest.pid), guest.migration[:_ID_DIGITS])
+    migrations = _table("migration", "guest", "", "peer", "state", "done", "moved", "error")
     for moving in found.migrations:
-        share = f"{moving.done_pages / moving.total_pages:.0%}" if moving.total_pages else "-"
-        arrow = {"out": "->", "in": "<-"}[moving.direction]
-        row = (moving.migration[:8], moving.guest, arrow, moving.peer, moving.state, share, moving.error)
-        migrations.add_row(*row)
+        migrations.add_row(
+            moving.migration[:_ID_DIGITS],
+            moving.guest,
+            _ARROWS[moving.direction],
+            moving.peer,
+            moving.state,
+            _share(moving),
+            _moved(moving),
+            moving.error,
+        )
     lines.append(_rendered(guests) if found.guests else "no guest is attached")
     lines.append(_rendered(migrations) if found.migrations else "no migrations")
     limits = ", ".join(f"{name} {getattr(found.limits, name):g}" for name in found.limits.__struct_fields__)
     lines.append(f"limits: {limits}")
     return "\n".join(lines)
+
+
+def _table(*heads: str) -> Table:
+    """Without lines, as it may be cut into columns by other programs."""
+    return Table(*heads, box=None, pad_edge=False)
 
 
 def _rendered(table: Table) -> str:

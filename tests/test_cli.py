@@ -12,7 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from migd.cli import Size, main
+from migd.cli.main import main
+from migd.cli.options import Size
 from tests.support.pair import DaemonPair, DaemonProcess, finish, migd, start_migd
 
 COMMANDS = sorted(main.commands)
@@ -30,7 +31,8 @@ def pair() -> Iterator[DaemonPair]:
 
 def test_the_commands() -> None:
     assert COMMANDS == [
-        "cancel", "demo", "destination", "guest", "migrate", "resolve", "source", "status",
+        "attach", "cancel", "clean", "config", "demo", "destination", "doctor", "events", "guest", "history",
+        "list", "migrate", "resolve", "serve", "set", "source", "status", "wait",
     ]  # fmt: skip
 
 
@@ -119,8 +121,8 @@ def test_bad_usage_of_the_program() -> None:
 
 
 NEED_A_DAEMON = [
-    ["status"], ["status", "--json"], ["cancel", "vm1"], ["resolve", "vm1"],
-    ["migrate", "vm1", "--to", "127.0.0.1:1"],
+    ["status"], ["list"], ["history"], ["events"], ["cancel", "vm1"], ["resolve", "vm1"], ["attach", "vm1"],
+    ["wait", "vm1"], ["migrate", "vm1", "--to", "127.0.0.1:1"],
 ]  # fmt: skip
 
 
@@ -131,8 +133,19 @@ def test_no_daemon_answers(tmp_path: Path) -> None:
         assert (output.exit_code, output.stdout) == (2, "")
         assert output.complaint == (
             f"migd: no migd daemon answers at {tmp_path}/control.sock (No such file or directory); start one "
-            "with `migd source` or `migd destination`, or name its runtime directory with --runtime-dir"
+            "with `migd serve`, `migd source` or `migd destination`, or name its runtime directory with "
+            "--runtime-dir"
         )
+
+
+def test_with_json_an_error_is_a_document_too(tmp_path: Path) -> None:
+    commands = [[*arguments, "--json"] for arguments in NEED_A_DAEMON]
+    processes = [start_migd(*arguments, "--runtime-dir", tmp_path) for arguments in commands]
+    for process in processes:
+        output = finish(process)
+        assert output.exit_code == 2
+        found = json.loads(output.stdout)
+        assert found == {"schema": 1, "error": output.complaint.removeprefix("migd: "), "exit_code": 2}
 
 
 def test_a_socket_that_nobody_listens_on(tmp_path: Path) -> None:
@@ -168,8 +181,12 @@ def test_status_of_a_pair_as_text(pair: DaemonPair) -> None:
 
 def test_status_of_a_pair_as_json(pair: DaemonPair) -> None:
     pair.guest("jason", ram="4Mi", workload="idle")
-    (source,) = json.loads(migd("status", "--json", "--runtime-dir", pair.source.directory).stdout)
-    (destination,) = json.loads(migd("status", "--json", "--runtime-dir", pair.destination.directory).stdout)
+    documents = [
+        json.loads(migd("status", "--json", "--runtime-dir", daemon.directory).stdout)
+        for daemon in (pair.source, pair.destination)
+    ]
+    assert [document["schema"] for document in documents] == [1, 1]
+    source, destination = (document["daemons"][0] for document in documents)
     assert (source["role"], destination["role"]) == ("source", "destination")
     assert source["pid"] == pair.source.process.pid
     (guest,) = [guest for guest in source["guests"] if guest["name"] == "jason"]
@@ -334,4 +351,4 @@ def test_a_daemon_of_another_version(tmp_path: Path) -> None:
                 connection.sendall(answer)
                 output = finish(process)
             assert output.exit_code == 1
-            assert "is of another version" in output.complaint
+            assert "is migd of an unknown version, and this command, migd" in output.complaint

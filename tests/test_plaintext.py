@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from migd.config import DestinationConfig
-from migd.daemon import refuse_open_plaintext
 from migd.errors import ConfigError
 from migd.transport import tcp
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.9.9.9:7440", "[::1]:0", "localhost:7440"])
 def test_loopback_needs_no_consent(listen: str, caplog: pytest.LogCaptureFixture) -> None:
-    refuse_open_plaintext(DestinationConfig(listen=listen))
+    tcp.refuse_open_listener(listen, insecure_plaintext=False)
     assert caplog.records == []
 
 
@@ -27,13 +25,13 @@ def test_beyond_loopback_is_refused(listen: str) -> None:
     with pytest.raises(
         ConfigError, match=r"in plaintext, unauthenticated; set destination\.insecure_plaintext"
     ) as error:
-        refuse_open_plaintext(DestinationConfig(listen=listen))
+        tcp.refuse_open_listener(listen, insecure_plaintext=False)
     assert listen in str(error.value)
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:7440", "127.0.0.1:7440"])
 def test_consent_is_warned_about_each_time(listen: str, caplog: pytest.LogCaptureFixture) -> None:
-    refuse_open_plaintext(DestinationConfig(listen=listen, insecure_plaintext=True))
+    tcp.refuse_open_listener(listen, insecure_plaintext=True)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert listen in record.getMessage()

@@ -6,17 +6,36 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import msgspec
 
+from migd import __version__
 from migd.control.commands import ENCODER, MAX_LINE_BYTES, REQUESTS, Failed, Reply, Request
 from migd.errors import MigdError, ResourceError
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 16
+
+
+class _Asker(msgspec.Struct):
+    """What a request of any version has, whatever else."""
+
+    version: str = "of an unknown version"
+
+
+def _not_understood(line: bytes, error: Exception) -> str:
+    """One line that names both versions, if the client is of another."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        asker = msgspec.json.decode(line, type=_Asker)
+        if asker.version != __version__:
+            return (
+                f"this daemon is migd {__version__} and does not understand migd {asker.version}: {error}; "
+                f"restart the daemon with the version that is installed, guests outlive that"
+            )
+    return f"not a request: {error}"
 
 
 class ControlServer:
@@ -68,7 +87,7 @@ class ControlServer:
         try:
             request = REQUESTS.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            yield Failed(error=f"not a request of this version: {error}", exit_code=2)
+            yield Failed(error=_not_understood(line, error), exit_code=2)
             return
         try:
             async with aclosing(self._handle(request)) as replies:  # type: ignore[type-var]

@@ -15,13 +15,13 @@ import uvloop
 
 from migd import log
 from migd.config import load
-from migd.daemon import Daemon, Role
+from migd.daemon.daemon import Daemon, Role
 
 _LOOK_S = 0.01
 
 
 class FileHold:
-    """An observer (``migd.migration.ports.Observer``) that is told by files."""
+    """A gate (``migd.daemon.chronicle.Gate``) that is told by files."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -38,7 +38,7 @@ class FileHold:
 
 
 async def _run(role: Role, config_path: Path, directory: Path) -> None:
-    daemon = Daemon(role, load(config_path), directory, observer=FileHold(directory))
+    daemon = Daemon(role, load(config_path), directory, gate=FileHold(directory))
     await daemon.run(lambda line: print(line, flush=True))  # noqa: T201  # what `migd ROLE` prints
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import mmh3
 import msgspec
+from xxhash import xxh3_128_digest
 
 from migd.control import commands
 from migd.control.client import ControlClient
@@ -153,6 +153,15 @@ class DaemonProcess:
         assert isinstance(reply, StatusReport), reply
         return reply
 
+    def wait(self, target: str) -> int:
+        """The exit code of a migration's result, once it is over; as `migd wait`."""
+        reply = self.client.ask_once(commands.Attach(target=target))
+        match reply:
+            case commands.Finished(result=record) | commands.Arrived(record=record):
+                return record.exit_code
+            case _:
+                raise AssertionError(reply)
+
     def guest(self, name: str) -> GuestStatus | None:
         """A guest as this daemon knows it; None as well while no daemon answers."""
         with contextlib.suppress(MigdError):
@@ -253,7 +262,7 @@ def ram_digest(pid: int) -> bytes:
                 continue
             fd = os.open(entry, os.O_RDONLY)
             try:
-                return mmh3.mmh3_x64_128_digest(_content(fd))
+                return xxh3_128_digest(_content(fd))
             finally:
                 os.close(fd)
     return b""
@@ -330,7 +339,7 @@ class Nursery:
             cwd=ROOT,
         )
 
-    def start(self, name: str, *, ram_bytes: int, **options: object) -> GuestProcess:
+    def start(self, name: str, *, ram_bytes: tuple[int, ...], **options: object) -> GuestProcess:
         """A guest on its way; options are those of ``GuestOptions``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -345,12 +354,19 @@ class Nursery:
 
 
 class DaemonPair:
-    """Both daemons, ready. ``source`` and ``destination`` add TOML tables to their configurations."""
+    """Both daemons, ready. ``source`` and ``destination`` add TOML tables to their configurations.
 
-    def __init__(self, *, source: str = "", destination: str = "", held: bool = False) -> None:
+    With ``serve`` both have both roles, and ``back`` brings a guest home.
+    """
+
+    def __init__(
+        self, *, source: str = "", destination: str = "", held: bool = False, serve: bool = False
+    ) -> None:
         listen = '[destination]\nlisten = "127.0.0.1:0"\n'
-        self.source = DaemonProcess("source", source, held=held)
-        self.destination = DaemonProcess("destination", listen + destination, held=held)
+        self.source = DaemonProcess(
+            "serve" if serve else "source", listen + source if serve else source, held=held
+        )
+        self.destination = DaemonProcess("serve" if serve else "destination", listen + destination, held=held)
         self.guests: dict[str, GuestProcess] = {}
         self._commands: list[subprocess.Popen[str]] = []
         self._numbers = iter(range(1, 10_000))
@@ -370,14 +386,14 @@ class DaemonPair:
     # -- guests -------------------------------------------------------------------------------------
 
     def start_guest(self, name: str = "", *, ram: str = "32Mi", **options: object) -> GuestProcess:
-        """A guest at the source, on its way; options are those of `migd guest`."""
+        """A guest at the source, on its way; options are those of `migd guest`. No ``ram`` for an image."""
         name = name or f"vm{next(self._numbers)}"
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         log_path = self.source.directory / f"{name}.log"
         socket_path = self.source.directory / "guest.sock"
         command = [
-            sys.executable, "-m", "migd", "guest", "--name", name, "--ram", ram, "--socket", str(socket_path),
-            *words,
+            sys.executable, "-m", "migd", "guest", "--name", name, "--socket", str(socket_path),
+            *(("--ram", ram) if ram else ()), *words,
         ]  # fmt: skip
         with log_path.open("wb") as output:
             process = subprocess.Popen(
@@ -436,10 +452,23 @@ class DaemonPair:
         """`migd migrate --json` to its end."""
         return finish(self.start_migration(name, *options))
 
-    def launch(self, name: str, **options: object) -> str:
+    def start_back(self, name: str, *options: object) -> subprocess.Popen[str]:
+        """`migd migrate --json` from the destination to the source."""
+        process = start_migd(
+            "migrate", name, "--json", "--runtime-dir", self.destination.directory,
+            *("--to", self.source.address), *options,
+        )  # fmt: skip
+        self._commands.append(process)
+        return process
+
+    def back(self, name: str, *options: object) -> Output:
+        return finish(self.start_back(name, *options))
+
+    def launch(self, name: str, *, back: bool = False, **options: object) -> str:
         """A detached migration, its id; as `migd migrate --detach` without the time Python needs to start."""
-        request = commands.Migrate(guest=name, to=self.address, detach=True)
-        reply = self.source.client.ask_once(msgspec.structs.replace(request, **options))
+        here, there = (self.destination, self.source) if back else (self.source, self.destination)
+        request = commands.Migrate(guest=name, to=there.address, detach=True)
+        reply = here.client.ask_once(msgspec.structs.replace(request, **options))
         assert isinstance(reply, commands.Accepted), reply
         return reply.migration
 
@@ -472,9 +501,11 @@ class DaemonPair:
 
 
 @contextlib.contextmanager
-def daemon_pair(*, source: str = "", destination: str = "", held: bool = False) -> Iterator[DaemonPair]:
+def daemon_pair(
+    *, source: str = "", destination: str = "", held: bool = False, serve: bool = False
+) -> Iterator[DaemonPair]:
     """A pair for a fixture or a single test."""
-    pair = DaemonPair(source=source, destination=destination, held=held)
+    pair = DaemonPair(source=source, destination=destination, held=held, serve=serve)
     try:
         yield pair
     finally:

@@ -1,0 +1,82 @@
+"""The command line: one module for each group of commands; this one puts them together."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+
+from migd import __version__
+from migd.cli.clean import clean
+from migd.cli.config import config_
+from migd.cli.daemons import destination, serve, source
+from migd.cli.doctor import doctor
+from migd.cli.guest import guest
+from migd.cli.migrate import cancel, migrate, resolve
+from migd.cli.options import Size, die, json_option
+from migd.cli.set import set_
+from migd.cli.status import history, list_all, status
+from migd.cli.watch import attach, events, wait
+from migd.errors import MigdError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Commands(click.Group):
+    """Every MigdError is one clear line and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except MigdError as error:
+            die(str(error), error.exit_code)
+
+
+@click.group(cls=_Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="migd")
+def main() -> None:
+    """Move the memory of a running guest to another host and leave its free pages behind.
+
+    \b
+    On every host:             migd serve --config configs/serve.toml
+                               (or migd source, migd destination: one role only)
+    Where the guest is:        migd guest --name vm1 --ram 1Gi &
+                               migd migrate vm1 --to 127.0.0.1:7440
+    See it all at once:        migd demo
+
+    Exit codes: 0 done; 1 failed, the guest runs on at the source; 2 usage or configuration; 3 refused;
+    4 outcome unknown, run `migd resolve`; 5 verification failed; 70 a bug; 124 not over when
+    `wait` or `attach` stopped looking; 130 cancelled.
+    """
+
+
+@main.command()
+@click.option("--ram", type=Size(), default="1Gi", show_default=True, help="RAM of the guest.")
+@click.option("--rate", type=Size(), default="50M", show_default=True, help="Bytes it writes per second.")
+@json_option
+def demo(ram: int, rate: int, as_json: bool) -> None:
+    """Migrate a guest live over loopback twice, without and with hints, and compare.
+
+    Starts a destination daemon, a source daemon and a guest as processes of their own, and ends them.
+    """
+    from migd.demo import run_demo
+
+    sys.exit(run_demo(ram, rate, as_json=as_json))
+
+
+COMMANDS = (
+    *(serve, source, destination, guest),
+    *(migrate, cancel, resolve, set_),
+    *(attach, wait, events),
+    *(status, list_all, history),
+    *(doctor, clean, config_),
+)
+for command in COMMANDS:
+    main.add_command(command)
+
+
+def run() -> NoReturn:
+    """The program."""
+    main()
+    sys.exit(0)

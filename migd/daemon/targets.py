@@ -1,0 +1,43 @@
+"""How commands name what they are about: a guest by its name, a migration by its id or its beginning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from migd.errors import MigdError
+from migd.migration.ports import Passage
+
+SHORTEST_PREFIX = 4
+"""Hexadecimal digits: as few as people type, as many as one tells migrations of a day apart by."""
+
+
+class Moving(Protocol):
+    """A session of either direction."""
+
+    @property
+    def passage(self) -> Passage: ...
+
+
+S = TypeVar("S", bound=Moving)
+
+
+def newest(target: str, sessions: Iterable[S]) -> S | None:
+    """The last one that ``target`` names, of sessions in the order they began; None if it names none.
+
+    MigdError if it is the beginning of several ids. A guest's whole name comes first.
+    """
+    found = list(sessions)
+    named = [session for session in found if session.passage.guest == target]
+    if not named:
+        named = [session for session in found if is_id_of(target, session.passage.migration)]
+        ids = {session.passage.migration for session in named}
+        if len(ids) > 1:
+            raise MigdError(f"{target!r} is the beginning of several migrations: {', '.join(sorted(ids))}")
+    return named[-1] if named else None
+
+
+def is_id_of(target: str, migration: str) -> bool:
+    """Whether a word is the id of a migration or begins it."""
+    return bool(re.fullmatch(f"[0-9a-f]{{{SHORTEST_PREFIX},32}}", target)) and migration.startswith(target)
