@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +19,59 @@ from migd.limits import Limits
 from tests.support.pair import finish, start_migd
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = [ROOT / "configs" / "source.toml", ROOT / "configs" / "destination.toml"]
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+
+NO_BANDWIDTHS: list[object] = [-1, 1, 99_999, "99K", "fast", "", "1G/min", "-1G", "inf", True, 1.5]
 
 GOOD: dict[str, list[object]] = {
     "daemon.runtime_dir": ["", "/run/migd", "~/migd"],
+    "daemon.ram": ["memfd", "hugetlb", "/dev/shm"],
     "daemon.log_level": ["debug", "info", "warning", "error"],
     "daemon.workers": [0, 1, 64],
     "daemon.event_loop": ["uvloop", "asyncio"],
+    "daemon.max_bandwidth": [0, 100_000, 10**12],
     "destination.listen": ["0.0.0.0:7440", "[::1]:0"],
     "destination.insecure_plaintext": [True, False],
     "destination.max_streams": [1, 64],
+    "destination.max_bandwidth": [0, 100_000, 10**12],
     "destination.guest_command": [[], ["qemu", "{socket}", "{name}", "{migration}"]],
     "migration.insecure_plaintext": [True, False],
     "migration.streams": [1, 64],
     "migration.compression": ["auto", "lz4", "none"],
     "migration.verify": ["auto", "strict", "late", "off"],
+    "migration.dirty_log": ["auto", "userfaultfd", "compare"],
     "migration.hints": [True, False],
     "migration.downtime_limit_ms": [0.5, 1000],
     "migration.max_iterations": [1, 1000],
     "migration.max_total_s": [0.5, 86400],
     "migration.on_exhausted": ["force", "cancel"],
+    "migration.max_bandwidth": [0, 100_000, 10**12],
     **{f"limits.{name}": [10.5, 86400] for name in Limits.__struct_fields__},
     "limits.ping_s": [0.001, 9],
 }
 BAD: dict[str, list[object]] = {
     "daemon.runtime_dir": [1, True],
+    "daemon.ram": ["", "shm", "dev/shm", "hugetlb ", 1, True],
     "daemon.log_level": ["loud", "INFO", 1],
     "daemon.workers": [-1, 65, "2", 1.5, True],
     "daemon.event_loop": ["trio", 1],
+    "daemon.max_bandwidth": [*NO_BANDWIDTHS],
     "destination.listen": [7440, "", "host", "host:", ":7440", "host:port", "host:123456", "host:1 "],
     "destination.insecure_plaintext": ["yes", 1],
     "destination.max_streams": [0, 65, "16"],
     "destination.guest_command": ["qemu", [1]],
+    "destination.max_bandwidth": [*NO_BANDWIDTHS],
     "migration.insecure_plaintext": ["yes", 1],
     "migration.streams": [0, 65, "2", 1.5],
     "migration.compression": ["zstd", True],
     "migration.verify": ["on", True],
+    "migration.dirty_log": ["soft-dirty", True],
     "migration.hints": ["yes", 1],
     "migration.downtime_limit_ms": [0, -1, "300", True, float("nan")],
     "migration.max_iterations": [0, -1, 1.5],
     "migration.max_total_s": [0, -1, "300"],
     "migration.on_exhausted": ["wait", 1],
+    "migration.max_bandwidth": [*NO_BANDWIDTHS],
     **{
         f"limits.{name}": [-1, "2", True, float("inf"), float("nan"), 86401]
         for name in Limits.__struct_fields__
@@ -115,7 +130,17 @@ def test_a_bad_value_names_file_and_key(tmp_path: Path, key: str, value: object)
     text = str(error.value)
     assert text.startswith(f"{path}: {key}")
     assert "\n" not in text
-    assert "Expected" in text or "Invalid enum value" in text
+    assert re.search("Expected|Invalid enum value|is no bandwidth|is too little", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_s"),
+    [("unlimited", 0), ("0", 0), ("1G", 10**9), ("2.5M", 2_500_000), ("100Ki", 102_400), ("1GB/s", 10**9)],
+)
+@pytest.mark.parametrize("table", ["daemon", "destination", "migration"])
+def test_bandwidths_as_people_write_them(tmp_path: Path, table: str, text: str, bytes_s: int) -> None:
+    found = load(written(tmp_path, f"{table}.max_bandwidth", text))
+    assert getattr(found, table).max_bandwidth == bytes_s
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
@@ -132,9 +157,21 @@ def test_limits_that_contradict_each_other(tmp_path: Path) -> None:
 # -- as the command line says it --------------------------------------------------------------------------
 
 SAID: dict[str, tuple[str | bytes, str]] = {
-    "an unknown key": ("[limits]\ndead = 3\n", "{path}: unknown key limits.dead"),
-    "an unknown table": ("[limit]\ndead_s = 3\n", "{path}: unknown key limit"),
-    "a key outside its table": ("streams = 2\n", "{path}: unknown key streams"),
+    "an unknown key": ("[limits]\ndead = 3\n", "{path}: unknown key limits.dead; do you mean dead_s?"),
+    "a key unlike any": (
+        "[destination]\nx = 3\n", "{path}: unknown key destination.x; there are listen, insecure_"),
+    "an unknown table": ("[limit]\ndead_s = 3\n", "{path}: unknown key limit; do you mean limits?"),
+    "a table unlike any": (
+        "[x]\n", "{path}: unknown key x; there are daemon, destination, migration, limits"),
+    "a key outside its table": ("streams = 2\n", "{path}: unknown key streams; it belongs into [migration]"),
+    "a key in another table": (
+        "[daemon]\nlisten = 1\n", "{path}: unknown key daemon.listen; it belongs into [destination]"),
+    "a bandwidth that is none": (
+        '[daemon]\nmax_bandwidth = "fast"\n',
+        "{path}: daemon.max_bandwidth: 'fast' is no bandwidth; write it like 1G, 500M or unlimited"),
+    "a bandwidth without its suffix": (
+        "[migration]\nmax_bandwidth = 500\n",
+        "{path}: migration.max_bandwidth: 500 bytes/s is too little; the least is 100K, and 0 is unlimited"),
     "an ill-typed value": (
         '[migration]\nstreams = "2"\n', "{path}: migration.streams: Expected `int`, got `str`"),
     "a value out of range": ("[migration]\nstreams = 0\n", "{path}: migration.streams: Expected `int` >= 1"),
@@ -240,3 +277,58 @@ def test_every_key_is_in_a_shipped_file() -> None:
         key for key in keys() if not any(line.startswith(f"{key.partition('.')[2]} = ") for line in lines)
     ]
     assert missing == []
+
+
+# -- every key is read --------------------------------------------------------------------------------------
+
+HOLDERS = {
+    "daemon": {"daemon"},
+    "destination": {"destination", "place"},
+    "migration": {"migration"},
+    "limits": {"limits", "_limits"},
+}
+"""What a table is called where its keys are read: the last name before the key's."""
+TYPES = {"DestinationConfig": "destination", "MigrationConfig": "migration", "DaemonConfig": "daemon"}
+DEFINE_OR_SHOW = ("limits.py", "cli/reference.py", "cli/config.py", "doctor/")
+"""What is read only there has no effect."""
+
+
+def reads() -> Iterator[tuple[str, str]]:
+    """(table, key) of every attribute that code takes from something called, or typed, like a table."""
+    for path in sorted((ROOT / "migd").rglob("*.py")):
+        if str(path.relative_to(ROOT / "migd")).startswith(DEFINE_OR_SHOW):
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _reads_in(function)
+
+
+def _reads_in(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[str, str]]:
+    names = {name: {table} for table, names in HOLDERS.items() for name in names}
+    for argument in [*function.args.args, *function.args.kwonlyargs]:
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id in TYPES:
+            names[argument.arg] = {TYPES[argument.annotation.id]}
+    for node in ast.walk(function):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=alias)], value=ast.Attribute(attr=attr)) if attr in HOLDERS:
+                names[alias] = {attr}
+    for node in ast.walk(function):
+        match node:
+            case ast.Attribute(value=ast.Attribute(attr=holder) | ast.Name(id=holder), attr=key):
+                yield from ((table, key) for table in names.get(holder, ()))
+
+
+def test_every_key_is_read_by_code() -> None:
+    found = set(reads())
+    assert [key for key in keys() if tuple(key.split(".")) not in found] == []
+
+
+def test_a_key_that_nobody_reads_is_noticed() -> None:
+    code = ast.parse(
+        "def f(config):\n    place = config.destination\n    return place.listen, config.daemon.ram\n"
+    )
+    function = code.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    found = set(_reads_in(function))
+    assert {("destination", "listen"), ("daemon", "ram")} <= found
+    assert ("daemon", "workers") not in found
