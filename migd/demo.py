@@ -1,20 +1,12 @@
-"""The demo: two daemons and a guest as processes of their own; one migration without hints, one with.
-
-Everything it starts names its private directory on its command line, so that it can end all of it, an
-incoming guest that has outlived its daemon included, and nothing else.
-"""
+"""The demo: two daemons and a guest as processes of their own; one migration without hints, one with."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -23,13 +15,12 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from migd.api import Guest, OwnedDaemon
 from migd.control import commands
-from migd.control.client import ControlClient
-from migd.control.commands import StatusReport
 from migd.errors import ConfigError, LiveUnsupported, MigdError
 from migd.guest.workload import HOG_FRACTION
 from migd.migration.convergence import SWITCHOVER_OVERHEAD_S
-from migd.migration.stats import Result
+from migd.migration.stats import SCHEMA, Result
 from migd.report import Narrator, comparison_text
 
 DOWNTIME_LIMIT_MS = SWITCHOVER_OVERHEAD_S * 1e3 + 0.5
@@ -39,18 +30,17 @@ of 50 MB takes longer to send at up to 2.3 GB/s, so that the guest has to be cau
 MIN_ITERATIONS = 3
 
 _POLL_S = 0.02
-_START_S = 20.0
-"""For a daemon to listen, on a busy machine."""
 _STALL_S = 30.0
 """A guest that fills no page for this long is stuck."""
-_END_S = 3.0
-"""Between SIGTERM and SIGKILL."""
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):
-    """How many times as much the migration without hints took."""
+    """How many times as much the migration without hints took; 0 if the other took nothing.
+
+    ``total`` and ``downtime`` of time, ``wire_bytes`` of bytes.
+    """
 
     total: float
     downtime: float
@@ -58,12 +48,14 @@ class Ratios(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``migd demo --json`` prints. ``failures`` says which of the demo's conditions did not hold."""
+    """`migd demo`: two runs; ``without_hints`` and ``with_hints`` are their results."""
 
+    schema: int = SCHEMA
     without_hints: Result
     with_hints: Result
     ratios: Ratios
     failures: list[str]
+    """Which of the demo's conditions did not hold."""
 
 
 def run_demo(ram_bytes: int, rate_bytes_s: int, *, as_json: bool) -> int:
@@ -147,137 +139,64 @@ def _json(found: Comparison) -> str:
 
 
 class Stage:
-    """The processes of a demo below one private directory; both are gone when the context is left."""
+    """The two daemons of a demo, and the guests it shows; all of it is gone when the context is left."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._owned = ExitStack()
 
     def __enter__(self) -> Stage:
-        self._directory = Path(tempfile.mkdtemp(prefix="migd-demo-"))
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number in _INTERRUPTS:  # a second Ctrl-C must not leave half of it behind
-            signal.signal(number, signal.SIG_IGN)
-        self._end_all()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    # -- the parts ----------------------------------------------------------------------------------
+        self._owned.__exit__(kind, error, trace)
 
     def start_daemons(self) -> None:
-        """Both, on a free port. LiveUnsupported if guests cannot be migrated live on this machine."""
+        """Both, on a free port. LiveUnsupported if the kernel does not track writes."""
         self._say("starting a destination and a source daemon")
-        config = self._directory / "destination.toml"
-        config.write_text('[destination]\nlisten = "127.0.0.1:0"\n')
-        target = self._start("destination", "--runtime-dir", self._path("d"), "--config", str(config))
-        source = self._start("source", "--runtime-dir", self._path("s"))
-        self._destination = ControlClient(self._directory / "d")
-        self._source = ControlClient(self._directory / "s")
-        self._address = self._answer("the destination daemon", target, self._destination).listen
-        tracking = self._answer("the source daemon", source, self._source).write_tracking
+        self._destination = self._owned.enter_context(OwnedDaemon("destination"))
+        self._source = self._owned.enter_context(OwnedDaemon("source"))
+        self._address = self._destination.ready().address
+        tracking = self._source.ready().status().write_tracking
         if tracking != "userfaultfd":
-            raise LiveUnsupported(f"no live migration on this machine: write tracking {tracking}")
+            raise LiveUnsupported(f"the demo is about the kernel's write tracking, and here it is {tracking}")
 
     def migrate(self, name: str, ram_bytes: int, rate_bytes_s: int, *, hints: bool) -> Result:
         """The result of one migration of a new guest, which is ended wherever it is afterwards."""
-        guest = self._start(
-            "guest", "--name", name, "--ram", str(ram_bytes), "--workload", "hog", "--rate",
-            str(rate_bytes_s), "--socket", self._path("s/guest.sock"),
-        )  # fmt: skip
-        self._fill(name, guest, ram_bytes)
+        guest = self._source.start_guest(name, ram_bytes, workload="hog", rate=rate_bytes_s)
+        self._fill(guest, ram_bytes)
         self._say(f"migrating it to {self._address}, {'with' if hints else 'without'} hints")
-        request = commands.Migrate(
-            guest=name, to=self._address, hints=hints, downtime_limit_ms=DOWNTIME_LIMIT_MS
+        migration = self._source.migrate(
+            name, self._address, hints=hints, downtime_limit_ms=DOWNTIME_LIMIT_MS
         )
-        result = self._follow(request)
-        self._end([guest.pid, *self._pids_at_destination()])
-        return result
-
-    def _follow(self, request: commands.Migrate) -> Result:
         with Narrator(quiet=self._quiet) as narrator:
-            for reply in self._source.ask(request):
-                match reply:
+            for event in migration.follow():
+                match event:
                     case commands.Moving():
-                        narrator.moving(reply)
+                        narrator.moving(event)
                     case commands.Iterated(iteration=iteration):
                         narrator.iterated(iteration)
-                    case commands.Finished(result=result):
-                        return result
-                    case commands.Failed(error=error):
-                        raise MigdError(error)
-                    case _:
-                        pass
-        last = self._last_line(self._processes[1])
-        raise MigdError(f"the source daemon ended before the migration did: {last}")
+        guest.end()
+        if any(arrived.name == name for arrived in self._destination.status().guests):
+            self._destination.guest(name).end()
+        return migration.wait()
 
-    def _pids_at_destination(self) -> list[int]:
-        status = self._destination.ask_once(commands.Status())
-        assert isinstance(status, StatusReport)
-        return [guest.pid for guest in status.guests if guest.pid]
-
-    # -- starting and waiting -----------------------------------------------------------------------
-
-    def _path(self, name: str) -> str:
-        return str(self._directory / name)
-
-    def _log(self, process: subprocess.Popen[bytes]) -> Path:
-        return self._directory / f"{self._processes.index(process)}.log"
-
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """``migd ARGUMENTS`` as a process of a session of its own: Ctrl-C is for the demo to handle."""
-        with (self._directory / f"{len(self._processes)}.log").open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "migd", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._processes.append(process)
-        return process
-
-    def _check_alive(self, what: str, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is not None:
-            raise MigdError(f"{what} ended with {process.returncode}: {self._last_line(process)}")
-
-    def _last_line(self, process: subprocess.Popen[bytes]) -> str:
-        lines = self._log(process).read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
-
-    def _answer(self, what: str, process: subprocess.Popen[bytes], client: ControlClient) -> StatusReport:
-        """Its first answer to STATUS."""
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline:
-            self._check_alive(what, process)
-            with contextlib.suppress(MigdError):  # not listening yet
-                answer = client.ask_once(commands.Status())
-                assert isinstance(answer, StatusReport)
-                return answer
-            time.sleep(_POLL_S)
-        raise MigdError(f"{what} did not answer within {_START_S:g} s")
-
-    def _fill(self, name: str, guest: subprocess.Popen[bytes], ram_bytes: int) -> None:
+    def _fill(self, guest: Guest, ram_bytes: int) -> None:
         """Returns when the guest has filled and freed its RAM and goes on writing."""
-        what = f"filling {ram_bytes / 2**20:.0f} MiB of guest {name} from real files, then freeing most of it"
-        self._say(what)
-        show, hide = self._bar("filling", int(ram_bytes * HOG_FRACTION))
-        best, since = -1, time.monotonic()
-        try:
-            while b" ready: " not in self._log(guest).read_bytes():
-                self._check_alive(f"guest {name}", guest)
-                filled = _mapped_bytes(guest.pid)
-                show(filled)
+        size = f"{ram_bytes / 2**20:.0f} MiB of guest {guest.name}"
+        self._say(f"filling {size} from real files, then freeing most of it")
+        with self._bar("filling", int(ram_bytes * HOG_FRACTION)) as show:
+            best, since = -1, time.monotonic()
+            while not guest.filled:
+                show(filled := _mapped_bytes(guest.pid))
                 if filled > best:
                     best, since = filled, time.monotonic()
                 elif time.monotonic() - since > _STALL_S:
-                    raise MigdError(f"guest {name} filled nothing for {_STALL_S:g} s")
+                    raise MigdError(f"guest {guest.name} filled nothing for {_STALL_S:g} s")
                 time.sleep(_POLL_S)
-        finally:
-            hide()
 
     # -- what people see ----------------------------------------------------------------------------
 
@@ -285,56 +204,16 @@ class Stage:
         if not self._quiet:
             self._console.print(line)
 
-    def _bar(self, name: str, total: int) -> tuple[Callable[[int], None], Callable[[], None]]:
-        """Two functions: show how far it is, and take the bar away; neither does anything off a terminal."""
+    @contextmanager
+    def _bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A function that shows how far it is; off a terminal it does nothing."""
         if self._quiet or not self._console.is_terminal:
-            return lambda _done: None, lambda: None
+            yield lambda _done: None
+            return
         columns = (TextColumn(f"{name:<15}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        progress = Progress(*columns, console=self._console, transient=True)
-        task = progress.add_task(name, total=total)
-        progress.start()
-        return lambda done: progress.update(task, completed=min(done, total)), progress.stop
-
-    # -- the end ------------------------------------------------------------------------------------
-
-    def _end_all(self) -> None:
-        """Also what others started for us: an incoming guest survives its daemon, and any crash of it."""
-        self._end(_pids_naming(self._directory))
-        while left := _pids_naming(self._directory):
-            self._end(left)
-
-    def _end(self, pids: list[int]) -> None:
-        """SIGTERM, and SIGKILL for what is still there after _END_S."""
-        _signal_all(pids, signal.SIGTERM)
-        deadline = time.monotonic() + _END_S
-        while (left := self._alive(pids)) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        _signal_all(left, signal.SIGKILL)
-        while self._alive(left):
-            time.sleep(_POLL_S)
-
-    def _alive(self, pids: list[int]) -> list[int]:
-        for process in self._processes:
-            process.poll()
-        return [pid for pid in pids if pid in _pids_naming(self._directory)]
-
-
-def _pids_naming(directory: Path) -> list[int]:
-    """Processes with a private directory of ours on their command line; zombies have none left."""
-    wanted = os.fsencode(directory)
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                if wanted in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
-
-
-def _signal_all(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda done: progress.update(task, completed=min(done, total))
 
 
 def _mapped_bytes(pid: int) -> int:
