@@ -1,11 +1,12 @@
 """The documents against the code: tables and bytes in them are generated, names in them exist.
 
 Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` a document says what ``GENERATED[NAME]`` says;
-``python -m tests.test_docs`` writes it there.
+``python -m tests.test_docs`` writes it there, and the files in configs/.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from collections.abc import Callable, Iterable
@@ -15,8 +16,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from migd import cli, errors
-from migd.config import Config, load
+from migd import errors
+from migd.cli import reference
+from migd.cli.main import main
+from migd.config import TABLES, Config, load
 from migd.guest import hints
 from migd.guest.hints import Hello, HintFrame, Ranges, Request
 from migd.migration.state import DESTINATION_TRANSITIONS, SOURCE_TRANSITIONS
@@ -24,6 +27,7 @@ from migd.wire import messages, protocol
 from migd.wire.framing import FrameEncoder
 from migd.wire.protocol import FrameType
 from tests import test_layers
+from tests.support import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,9 +126,60 @@ def frame_types() -> str:
     return table(("type", "name", "fields of its message"), rows)
 
 
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def json_commands() -> str:
+    rows = (
+        (f"`migd {name}`", ", ".join(kind.__name__ for kind in kinds))
+        for name, kinds in schema.COMMANDS.items()
+    )
+    return table(("command", "prints"), rows)
+
+
+def exit_codes() -> str:
+    """The errors with their own names only where a code has one of its own."""
+    return table(("code", "meaning"), ((str(code), meaning) for code, meaning in errors.EXIT_CODES.items()))
+
+
+def error_tree() -> str:
+    """The literal block of the module that holds it."""
+    assert errors.__doc__ is not None
+    block = errors.__doc__.split("::\n\n", 1)[1].split("\n\n``migd``", 1)[0]
+    return fenced("\n".join(line.removeprefix("    ") for line in block.splitlines()))
+
+
+def python_api() -> str:
+    return table(("name", "what"), ((f"`{cell(name)}`", cell(what)) for name, what in schema.reference()))
+
+
+def fields(rows: Iterable[tuple[str, str, str]]) -> str:
+    return table(("name", "type", "meaning"), ((f"`{name}`", kind, cell(said)) for name, kind, said in rows))
+
+
+def document(kind: type[msgspec.Struct]) -> str:
+    said = " ".join((inspect.getdoc(kind) or "").replace("``", "`").split())
+    return f"### {kind.__name__}\n\n{said}\n\n{fields(schema.columns(kind))}"
+
+
 def limits() -> str:
     return table(
         ("key", "default"), ((f"`{name}`", f"{value:g} s") for name, value in _defaults(Config().limits))
+    )
+
+
+def configuration_keys() -> str:
+    return "\n".join(
+        f"### [{name}]\n\n{reference.table_meaning(name)}\n\n"
+        + table(
+            ("key", "value", "default", "meaning"),
+            (
+                (f"`{key.name}`", key.values, f"`{key.toml(key.default)}`", key.meaning)
+                for key in reference.keys(name)
+            ),
+        )
+        for name in TABLES
     )
 
 
@@ -142,6 +197,13 @@ GENERATED: dict[str, Callable[[], str]] = {
     "wire-types": frame_types,
     "wire-example": wire_example,
     "limits": limits,
+    "configuration-keys": configuration_keys,
+    "json-commands": json_commands,
+    "exit-codes": exit_codes,
+    "errors": error_tree,
+    "python-api": python_api,
+    "migrate-options": lambda: fields(schema.options()),
+    "documents": lambda: "\n".join(map(document, schema.every_struct())),
 }
 
 
@@ -160,12 +222,12 @@ def test_generated_parts_say_what_the_code_says(path: Path) -> None:
 
 def test_every_generated_part_has_its_place() -> None:
     used = [name for path in DOCUMENTS for _, name, *_ in BLOCK.findall(path.read_text())]
-    assert sorted(used) == sorted(GENERATED)
+    assert set(used) == set(GENERATED)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_in_documents_exist(path: Path) -> None:
-    named = set(re.findall(r"\b(?:migd|tests|docs|configs|scripts)/[\w/.-]*\w", path.read_text()))
+    named = set(re.findall(r"(?<![/\w])(?:migd|tests|docs|configs|scripts)/[\w/.-]*\w", path.read_text()))
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
     assert not missing
 
@@ -173,7 +235,7 @@ def test_files_named_in_documents_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tests_named_in_documents_exist(path: Path) -> None:
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
-    named = set(re.findall(r"\btest_\w+\b(?!\.py)", path.read_text()))
+    named = set(re.findall(r"(?<!def )\btest_\w+\b(?!\.py)", path.read_text()))
     missing = [name for name in sorted(named) if f"def {name}(" not in tests]
     assert not missing
 
@@ -208,11 +270,10 @@ def test_every_rule_and_promise_is_in_the_safety_document() -> None:
     assert rows == [*(f"G{number}" for number in range(1, 7)), *(f"R{number}" for number in range(1, 21))]
 
 
-def test_the_readme_has_every_exit_code() -> None:
-    codes = {"0", *(str(error.exit_code) for error in vars(errors).values() if _is_error(error))}
-    text = (ROOT / "README.md").read_text()
-    table_of_codes = text.split("## Exit codes", 1)[1].split("\n## ", 1)[0]
-    assert set(re.findall(r"^\| (\d+) \|", table_of_codes, re.MULTILINE)) == codes
+def test_every_exit_code_is_explained_and_has_an_error() -> None:
+    codes = {error.exit_code for error in vars(errors).values() if _is_error(error)}
+    assert set(errors.EXIT_CODES) == {0, *codes}
+    assert {errors.of_exit_code(code, "why").exit_code for code in codes} == codes
 
 
 def _is_error(found: object) -> bool:
@@ -221,7 +282,7 @@ def _is_error(found: object) -> bool:
 
 def test_the_readme_names_every_command_and_promise() -> None:
     text = (ROOT / "README.md").read_text()
-    assert [name for name in cli.main.commands if f"migd {name}" not in text] == []
+    assert [name for name in main.commands if f"migd {name}" not in text] == []
     assert [number for number in range(1, 7) if f"| G{number} |" not in text] == []
 
 
@@ -231,6 +292,19 @@ def test_the_readme_names_every_command_and_promise() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configuration_files_load_and_hold_the_defaults(path: Path) -> None:
     assert load(path) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configuration_files_are_what_the_code_says_of_each_key(path: Path) -> None:
+    """One source for these, `migd config show` and docs/configuration.md: the docstrings of the keys."""
+    text = reference.as_toml(Config(), path.stem)
+    assert path.read_text() == text, "run `python -m tests.test_docs` and look at what changed"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_key_has_words_that_say_what_it_means(name: str) -> None:
+    assert reference.table_meaning(name)
+    assert [key.path for key in reference.keys(name) if not key.meaning.endswith(".")] == []
 
 
 def test_every_key_stands_in_a_configuration_file_with_a_comment() -> None:
@@ -255,5 +329,7 @@ def test_tables_of_a_configuration_file_have_no_key_twice_or_without_words(path:
 
 
 if __name__ == "__main__":
-    for document in DOCUMENTS:
-        document.write_text(regenerated(document.read_text()))
+    for place in DOCUMENTS:
+        place.write_text(regenerated(place.read_text()))
+    for place in CONFIGS:
+        place.write_text(reference.as_toml(Config(), place.stem))

@@ -2,8 +2,10 @@
 
 ::
 
-    { cli demo report } -> daemon -> { control qemu guest transport source destination }
-        -> migration -> { ledger wire } -> ram -> { config host metrics log } -> { limits tasks } -> errors
+    { bench cli demo report pytest_plugin } -> { api daemon doctor leftovers }
+        -> { control qemu guest transport source destination }
+        -> migration -> { ledger wire } -> ram -> { config host metrics log }
+        -> { limits sizes tasks } -> errors
 
 A module imports its own package and anything further right; packages inside one brace do not import each
 other. A package or module that does not exist yet simply is not there.
@@ -21,14 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: list[set[str]] = [
     {"__main__"},
-    {"cli", "demo", "report"},
-    {"daemon"},
+    {"bench", "cli", "demo", "report", "pytest_plugin"},
+    {"api", "daemon", "doctor", "leftovers"},
     {"control", "qemu", "guest", "transport", "source", "destination"},
     {"migration"},
     {"ledger", "wire"},
     {"ram"},
     {"config", "host", "metrics", "log"},
-    {"limits", "tasks"},
+    {"limits", "sizes", "tasks"},
     {"errors"},
 ]
 BESIDE = {"cli": {"demo", "report"}, "demo": {"cli", "report"}}
@@ -127,6 +129,7 @@ def test_migd_itself_imports_nothing_of_its_packages() -> None:
         ("ram", "ledger", False), ("source", "destination", False), ("guest", "transport", False),
         ("ledger", "migration", False), ("wire", "ram", True), ("ram", "wire", False),
         ("errors", "log", False),
+        ("demo", "api", True), ("bench", "api", True), ("api", "control", True), ("api", "daemon", False),
         ("daemon", "cli", False),
         ("source", "daemon", False), ("daemon", "demo", False), ("log", "config", False),
     ],

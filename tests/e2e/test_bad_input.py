@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
+import numpy as np
 import pytest
 
 from migd.guest import control
 from migd.migration.journal import Journal, Mark
 from migd.migration.stats import Result
+from migd.ram.block import PAGE_BYTES
+from migd.ram.digest import page_digests
 from migd.wire import messages
 from migd.wire.framing import FrameEncoder
-from migd.wire.protocol import HEADER, Codec, FrameType
+from migd.wire.protocol import FRAMING_VERSION, HEADER, Codec, FrameType
 from tests.support.pair import DaemonPair, GuestProcess, daemon_pair, eventually, migd, ram_digest
 from tests.support.raw_peer import RawPeer, hello, new_id, raw_server
 
@@ -86,7 +90,7 @@ def test_a_destination_that_is_not_there(
         port = closed.getsockname()[1]
     output = pair.migrate(guest.name, "--to", address.format(closed=port))
     assert output.exit_code == exit_code
-    said = output.result.error if output.stdout else output.complaint
+    said = output.result.error if exit_code == 1 else output.complaint
     assert reason.format(closed=port) in said
     assert "\n" not in said
 
@@ -222,7 +226,7 @@ def test_a_source_of_a_later_version(peer: RawPeer) -> None:
     peer.send(offer)
     refusal = peer.message()
     assert isinstance(refusal, messages.Refuse)
-    assert refusal.reason.startswith("protocol versions do not meet: migd 9.0 speaks 2..3")
+    assert refusal.reason.startswith("protocol versions do not meet: the source (migd 9.0) speaks 2 to 3")
     assert peer.closed()
 
 
@@ -232,7 +236,7 @@ def test_a_source_of_a_later_version(peer: RawPeer) -> None:
         ({"page_bytes": 65536}, "page size 65536 does not match 4096"),
         ({"streams": 64}, "64 streams requested, at most 16"),
         ({"blocks": (messages.BlockInfo("a", 1), messages.BlockInfo("a", 1))}, "the same name"),
-        ({"blocks": (messages.BlockInfo("a", 1 << 40),)}, "more than 2^32 pages"),
+        ({"blocks": (messages.BlockInfo("a", 1 << 40),)}, "at most 2^32-1"),
     ],
 )
 def test_an_offer_that_does_not_fit(peer: RawPeer, change: dict[str, object], reason: str) -> None:
@@ -248,8 +252,8 @@ def _header(**changes: int) -> bytes:
         "kind": FrameType.HELLO, "sequence": 0, "count": 0, "runs": 0, "metadata": 8, "payload": 0, **changes
     }  # fmt: skip
     return HEADER.pack(
-        b"MIGD", 1, fields["kind"], Codec.NONE, 0, fields["sequence"], fields["count"], fields["runs"],
-        fields["metadata"], fields["payload"], bytes(16),
+        b"MIGD", FRAMING_VERSION, fields["kind"], Codec.NONE, 0, fields["sequence"], fields["count"],
+        fields["runs"], fields["metadata"], fields["payload"], bytes(16),
     )  # fmt: skip
 
 
@@ -363,6 +367,12 @@ def _wrong_page_digest(stream: RawPeer) -> bytes:
     return stream.encoder.pages([(0, 1)], bytes(16), Codec.NONE, 4096) + b"x" * 4096
 
 
+def _a_whole_page(stream: RawPeer) -> bytes:
+    content = np.full((1, PAGE_BYTES), 7, np.uint8)
+    digest = page_digests(content).tobytes()
+    return stream.encoder.pages([(0, 1)], digest, Codec.NONE, PAGE_BYTES) + content.tobytes()
+
+
 def _a_flipped_bit(stream: RawPeer) -> bytes:
     data = bytearray(stream.encoder.runs(FrameType.ZERO, [(0, 1)]))
     data[-1] ^= 1
@@ -407,6 +417,39 @@ def test_a_stream_that_ends_before_its_end(pair: DaemonPair) -> None:
         assert isinstance(peer.message(), messages.Begin)
         stream.close()
         assert "closed the connection" in _abort(peer)
+
+
+@pytest.mark.parametrize("cut", ["header", "metadata", "payload"])
+def test_a_source_that_stops_inside_a_frame_is_not_waited_for(cut: str) -> None:
+    """G6, although it goes on to ping: what it holds room for, others may need."""
+    limits = "[limits]\nprogress_s = 0.5\nping_s = 0.2\n"
+    with daemon_pair(destination=limits) as pair, arriving(pair) as (peer, accept, migration):
+        stream = join(pair, migration, accept.token)
+        assert isinstance(peer.message(), messages.Begin)
+        record = _a_whole_page(stream)
+        stream.sock.sendall(record[: {"header": 20, "metadata": 50, "payload": -1}[cut]])
+        assert _abort(peer) == "the source stopped inside a frame for 0.5 s"
+        stream.close()
+
+
+def test_a_source_with_nothing_to_send_is_waited_for() -> None:
+    """Between two frames: its guest may have nothing new for long."""
+    limits = "[limits]\nprogress_s = 0.3\nping_s = 0.1\n"
+    with daemon_pair(destination=limits) as pair, arriving(pair) as (peer, accept, migration):
+        stream = join(pair, migration, accept.token)
+        assert isinstance(peer.message(), messages.Begin)
+        for pages in (1, 2):
+            stream.sock.sendall(_a_whole_page(stream))
+            time.sleep(0.6)
+            eventually(lambda pages=pages: _applied(peer, migration) == pages * PAGE_BYTES, "a page")
+        stream.close()
+
+
+def _applied(peer: RawPeer, migration: str) -> int:
+    peer.send(messages.Ping(migration=migration, nonce=0))
+    pong = peer.message()
+    assert isinstance(pong, messages.Pong)
+    return pong.applied_bytes
 
 
 def test_counts_that_do_not_add_up(pair: DaemonPair) -> None:
@@ -491,11 +534,12 @@ def _too_small(size: int = 4096) -> int:
         ({"blocks": ()}, 0, "RAM blocks, not 0"),
         ({"blocks": (control.Block("ram", 0),)}, 0, "pages"),
         ({"blocks": (control.Block("ram", -5),)}, 0, "pages"),
-        ({"blocks": (control.Block("ram", 1 << 50),)}, 0, "MiB of guest RAM wanted"),
+        ({"blocks": (control.Block("ram", 1 << 50),)}, 0, "pages of RAM in all"),
+        ({"blocks": (control.Block("ram", (1 << 32) - 1),)}, 0, "MiB of guest RAM wanted"),
         ({"state": control.GuestState.PAUSED, "migration": "0" * 32}, 0, "brings no RAM"),
         ({}, 1, "256 pages announced, the file has 4096 bytes"),
         ({}, 2, "1 RAM blocks and 2 descriptors"),
-        ({"blocks": (control.Block("ram", 1),)}, 1, "not sealed"),
+        ({"blocks": (control.Block("ram", 1),), "read_only": True}, 1, "can be written through"),
         ({"name": "../evil"}, 0, "name"),
         ({"name": ""}, 0, "name"),
     ],
@@ -531,7 +575,7 @@ def _with_false_answer(pair: DaemonPair, answer: Callable[[socket.socket, contro
         assert attached is not None
         assert isinstance(attached[0], control.Attached)
         eventually(lambda: pair.source.guest("liar"), "the liar to attach")
-        migration = pair.start_migration("liar", "--no-hints")
+        migration = pair.start_migration("liar", "--no-hints", "--dirty-log", "userfaultfd")
         asked = control.receive_from_daemon(sock)
         assert asked is not None
         answer(sock, asked[0])
