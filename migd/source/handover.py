@@ -58,9 +58,10 @@ class HandOver:
                 f"{untracked} pages changed without being tracked; the destination {pausing}, and the source "
                 f"keeps its RAM: decide with both before you resume either"
             )
-        await self._await_check()
+        # Before the guest's check: it may be on its way back already, and its name is to be free here.
         await self._attempt.guest.release()
         await self._attempt.note(Mark.RELEASED)
+        await self._await_check()
 
     async def _verify_late(self) -> int:
         if self._phases.verified_strictly:

@@ -17,12 +17,12 @@ from migd.ledger.ledger import Balance, Ledger
 from migd.limits import Limits
 from migd.migration.convergence import Policy
 from migd.migration.journal import Journal, Mark
-from migd.migration.ports import HintSink
+from migd.migration.ports import HintSink, SelfCheck
 from migd.migration.state import DestinationState, SourceState
 from migd.ram.bitmap import PageBitmap
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Compression, SourceOptions, Verify
-from tests.support.scripted_guest import MIGRATION, PAGES, Joined, ScriptedGuest, joined
+from tests.support.scripted_guest import MIGRATION, PAGES, ArrivedGuest, Joined, ScriptedGuest, joined
 
 S, D = SourceState, DestinationState
 
@@ -302,6 +302,26 @@ async def test_a_hint_channel_that_is_of_no_use_delays_nothing(
     agent.cancel()
     await asyncio.wait({agent})
     theirs.close()
+
+
+async def test_the_guest_is_released_before_it_has_checked_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verdict lets it move on, perhaps straight back to where its name would still be taken."""
+    guest = ScriptedGuest()
+    async with joined(guest, tmp_path) as sides:
+        check = ArrivedGuest.self_check
+
+        async def late_check(arrived: ArrivedGuest) -> SelfCheck:
+            async with asyncio.timeout(5):
+                while "release" not in guest.calls:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            return await check(arrived)
+
+        monkeypatch.setattr(ArrivedGuest, "self_check", late_check)
+        result = await sides.migrate()
+        assert_moved(sides)
+        assert result.wrong_pages == 0
 
 
 # -- writes that nobody saw ---------------------------------------------------------------------------
