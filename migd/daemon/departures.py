@@ -28,8 +28,8 @@ from migd.transport.tcp import TcpConnector, parse_address
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.05
-"""How often a waiting `migd migrate` hears of progress."""
+POLL_S = 0.05
+"""How often whoever follows a migration hears of progress."""
 
 _REMEMBERED = 64
 """Migrations that are over and still shown in `migd status`."""
@@ -164,7 +164,7 @@ class Departures:
         """Events of a migration, then its result. Whoever stops listening does not stop it."""
         shown = 0
         while not task.done():
-            await asyncio.wait({task}, timeout=_POLL_S)
+            await asyncio.wait({task}, timeout=POLL_S)
             done, total = session.balance_pages()
             yield commands.Moving(state=session.state, done_pages=done, total_pages=total)
             ended = session.iterations_ended()

@@ -7,17 +7,15 @@ from collections.abc import AsyncIterator
 
 from migd.control import commands
 from migd.control.commands import Remembered, Reply
-from migd.daemon.departures import Departures
+from migd.daemon.departures import POLL_S, Departures
 from migd.daemon.history import History
-from migd.daemon.targets import newest
+from migd.daemon.targets import newest, refuse_ambiguous
 from migd.destination.reception import Reception
 from migd.destination.session import DestinationSession
 from migd.errors import MigdError
 from migd.migration.ports import Worker
 from migd.migration.stats import Result
 from migd.source.session import SourceSession
-
-_POLL_S = 0.05
 
 
 class Following:
@@ -59,11 +57,9 @@ class Following:
 
     async def _last(self, target: str) -> Remembered:
         found = await self._worker.run(self._history.about, target)
-        ids = {entry.record.migration for entry in found if entry.record.guest != target}
         if not found:
             raise MigdError(f"{target!r} is in no migration here, and none is remembered: see `migd history`")
-        if len(ids) > 1:
-            raise MigdError(f"{target!r} is the beginning of several migrations: {', '.join(sorted(ids))}")
+        refuse_ambiguous(target, (entry.record.migration for entry in found if entry.record.guest != target))
         return found[-1]
 
 
@@ -79,7 +75,7 @@ async def _watch(session: DestinationSession) -> AsyncIterator[Reply]:
         done, total = session.balance_pages()
         yield commands.Moving(state=session.state, done_pages=done, total_pages=total)
         try:
-            async with asyncio.timeout(_POLL_S):
+            async with asyncio.timeout(POLL_S):
                 await session.over.wait()
         except TimeoutError:
             continue

@@ -32,10 +32,15 @@ def newest(target: str, sessions: Iterable[S]) -> S | None:
     named = [session for session in found if session.passage.guest == target]
     if not named:
         named = [session for session in found if is_id_of(target, session.passage.migration)]
-        ids = {session.passage.migration for session in named}
-        if len(ids) > 1:
-            raise MigdError(f"{target!r} is the beginning of several migrations: {', '.join(sorted(ids))}")
+        refuse_ambiguous(target, (session.passage.migration for session in named))
     return named[-1] if named else None
+
+
+def refuse_ambiguous(target: str, migrations: Iterable[str]) -> None:
+    """MigdError if these ids, which ``target`` begins, are of more than one migration."""
+    ids = set(migrations)
+    if len(ids) > 1:
+        raise MigdError(f"{target!r} is the beginning of several migrations: {', '.join(sorted(ids))}")
 
 
 def is_id_of(target: str, migration: str) -> bool:

@@ -25,7 +25,7 @@ def page_digests(pages: NDArray[np.uint8]) -> NDArray[np.uint8]:
     One call a page: 11 GB/s, and no more with threads, since calls so short keep the interpreter lock. The
     caller keeps this off the event loop's thread, in slices of at most a frame.
     """
-    joined = bytearray().join(map(frame_digest, pages))
+    joined = joined_digests(pages)
     return np.frombuffer(joined, np.uint8, len(joined)).reshape(-1, DIGEST_BYTES)
 
 

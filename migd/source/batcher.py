@@ -18,7 +18,7 @@ from migd.wire.codec import SAMPLE_BYTES, CodecChoice, compress
 from migd.wire.protocol import Codec
 
 BATCH_PAGES = 512
-"""2 MiB, the largest frame: the more pages share its fixed cost (two thread hops, three system calls)."""
+"""2 MiB, the largest frame: the more pages share its fixed cost (three system calls, and cold caches)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from migd.errors import (
     ResourceError,
     TimedOut,
 )
-from tests.api.left_behind import naming
+from tests.support.script import left_behind
 
 
 def test_daemons_of_one_role_are_private_and_leave_nothing(private: Path) -> None:
@@ -31,12 +31,12 @@ def test_daemons_of_one_role_are_private_and_leave_nothing(private: Path) -> Non
             guest = source.start_guest("vm1", ram="8Mi", workload="idle").ready()
             assert source.migrate("vm1", destination).wait().check().streams == 5
             arrived = destination.guest("vm1")
-            assert naming(private)
+            assert left_behind(private)
         assert not arrived.alive
         assert "ready in" in destination.log
         assert arrived.log == ""
         assert guest.wait() == 0
-    assert naming(private) == []
+    assert left_behind(private) == []
     source.close()
 
 
@@ -52,7 +52,7 @@ def test_an_arrived_guest_outlives_its_daemon_but_not_its_owner(private: Path) -
         with pytest.raises(ConfigError, match="no migd daemon answers"):
             pair.destination.status()
     assert not arrived.alive
-    assert naming(private) == []
+    assert left_behind(private) == []
 
 
 def test_a_daemon_that_dies_loses_its_migration(silent: str) -> None:
@@ -73,14 +73,14 @@ def test_a_named_directory_is_kept_and_can_be_used_again(private: Path) -> None:
             assert api.connect(directory).pid == daemon.pid
             assert daemon.stop() == 0
         assert (directory / "journal").is_dir()
-        assert naming(private) == [str(directory)]
+        assert left_behind(private) == [str(directory)]
 
 
 def test_a_body_that_raises_leaves_nothing(private: Path) -> None:
     with pytest.raises(ZeroDivisionError), api.start_daemon("source") as daemon:  # noqa: PT012
         daemon.start_guest("vm1", ram="8Mi")
         _ = 1 // 0
-    assert naming(private) == []
+    assert left_behind(private) == []
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_daemons_that_cannot_start(
     with pytest.raises(kind) as caught:
         api.start_daemon(role, config)
     assert complaint in str(caught.value)
-    assert naming(private) == []
+    assert left_behind(private) == []
 
 
 def test_what_the_host_refuses_a_daemon(pair: api.DaemonPair) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from migd.api import processes
-from tests.api.left_behind import naming
 from tests.support.pair import eventually
+from tests.support.script import left_behind
 
 FORGETFUL = """
 import sys, time
@@ -29,7 +29,7 @@ if sys.argv[1:]:
 def test_a_script_that_ends_without_closing_leaves_nothing(private: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
-    assert naming(private) == []
+    assert left_behind(private) == []
 
 
 def test_a_script_that_is_interrupted_twice_leaves_nothing(private: Path) -> None:
@@ -39,11 +39,11 @@ def test_a_script_that_is_interrupted_twice_leaves_nothing(private: Path) -> Non
         assert script.stdout is not None
         assert script.stdout.readline() == "there\n"
         script.send_signal(signal.SIGINT)
-        eventually(lambda: len(naming(private)) < 6 or script.poll() is not None, "the end of a process")
+        eventually(lambda: len(left_behind(private)) < 6 or script.poll() is not None, "the end of a process")
         script.send_signal(signal.SIGINT)
         _, said = script.communicate(timeout=30)
     assert "KeyboardInterrupt" in said
-    assert naming(private) == []
+    assert left_behind(private) == []
 
 
 def test_an_interrupt_comes_after_what_must_not_be_left_half_done() -> None:

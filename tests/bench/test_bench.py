@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -17,6 +15,7 @@ import pytest
 from migd.bench.cases import CASES
 from migd.bench.figures import FIGURES, BenchReport, Measured
 from tests.support.pair import eventually
+from tests.support.script import command_lines, left_behind, module_process
 
 RAM_PAGES = 65_000_000 // 4096
 """Of --ram 65M, which is not a whole number of pages."""
@@ -29,39 +28,8 @@ def private() -> Iterator[Path]:
         yield Path(directory)
 
 
-@contextmanager
-def bench(private: Path, words: str) -> Iterator[subprocess.Popen[str]]:
-    """The bench, which is ended if the test did not see its end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "migd.bench", *words.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(private)},
-    ) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.communicate(timeout=30)
-
-
-def command_lines(private: Path) -> list[str]:
-    """Of the processes that name a directory of the bench's."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(private) in line:
-            found.append(line.replace(b"\0", b" ").decode())
-    return found
-
-
-def left_behind(private: Path) -> list[str]:
-    return [*(str(path) for path in private.iterdir()), *command_lines(private)]
+def bench(private: Path, words: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return module_process(private, "migd.bench", *words.split())
 
 
 def test_what_it_measures_makes_sense_and_every_page_is_right(private: Path, tmp_path: Path) -> None:

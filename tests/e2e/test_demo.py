@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -19,6 +17,7 @@ from migd.control.documents import ErrorDocument
 from migd.demo import Comparison, compare
 from migd.migration.stats import Downtime, Iteration, Result
 from tests.support.pair import eventually
+from tests.support.script import left_behind, module_process
 
 RAM_PAGES = (256 << 20) // 4096
 
@@ -30,35 +29,8 @@ def private() -> Iterator[Path]:
         yield Path(directory)
 
 
-@contextmanager
-def demo_process(private: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The demo, which is ended if the test did not see its end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "migd", "demo", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(private)},
-    ) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.communicate(timeout=30)
-
-
-def left_behind(private: Path) -> list[str]:
-    """Command lines that name the demo's directory, and what lies in it."""
-    found = [str(path) for path in private.iterdir()]
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(private) in line:
-            found.append(line.replace(b"\0", b" ").decode())
-    return found
+def demo_process(private: Path, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return module_process(private, "migd", "demo", *arguments)
 
 
 def test_the_demo_shows_what_hints_spare_and_that_nothing_is_lost(private: Path) -> None:
