@@ -8,6 +8,7 @@
      |    +-- LiveUnsupported     3   the dirty log that was asked for is not to be had here
      +-- PeerError                1   the other daemon
      |    +-- PeerLost            1   connection lost or silent for too long
+     |    +-- PeerAborted         1   the peer gave up, and says why
      |    +-- ProtocolError       1   bytes that break the protocol: wrong length, digest, order
      |    +-- Refused             3   the peer said no, and why
      +-- ResourceError            3   this host lacks memory, a descriptor, a port, disk for the journal
@@ -65,6 +66,10 @@ class PeerError(MigdError):
 
 class PeerLost(PeerError):
     """The connection ended, was reset, or went silent beyond its limit."""
+
+
+class PeerAborted(PeerError):
+    """The peer was reached, and cannot do what it should; the message has its reason."""
 
 
 class ProtocolError(PeerError):

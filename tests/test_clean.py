@@ -23,7 +23,7 @@ from migd.cli.main import main
 from migd.control.commands import GuestStatus
 from migd.errors import ResourceError
 from migd.host import RuntimeDir
-from migd.leftovers.guests import GuestProcess, guest_processes
+from migd.leftovers.guests import GuestProcess, _name, guest_processes
 from migd.leftovers.remains import Remains
 from migd.migration.journal import Journal, Mark, Record
 from migd.wire import messages
@@ -80,6 +80,10 @@ UNDECIDED = [
     ("source", [Mark.READY], "ready is no record of a source"),
     ("destination", [Mark.READY], "its source may still ask"),
     ("destination", [Mark.READY, Mark.STARTED], "only this record keeps it from resuming its own copy"),
+    ("source", [Mark.GO, Mark.STARTED, Mark.CONDEMNED], "it stays paused here and at there:7440"),
+    ("source", [Mark.VERIFIED], "verified is no record of a source"),
+    ("destination", [Mark.READY, Mark.STARTED, Mark.VERIFIED], "only this record keeps it from resuming"),
+    ("destination", [Mark.READY, Mark.STARTED, Mark.CONDEMNED], "was bad (): it stays paused here"),
     ("destination", [Mark.GO], "go is no record of a destination"),
     ("destination", [Mark.RELEASED], "released is no record of a destination"),
 ]
@@ -194,6 +198,14 @@ def test_a_released_guest_that_may_live_keeps_its_record(
         assert path.exists()
     clean()
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((), ""), (("--name",), ""), (("--name", "a"), "a"), (("x", "--name=b"), "b")]
+)
+def test_the_name_of_a_guest_by_its_arguments(arguments: tuple[str, ...], name: str) -> None:
+    """A process that is just being killed has its descriptors still, and no arguments any more."""
+    assert _name(arguments, "python3") == name
 
 
 def test_another_guest_that_lives_keeps_no_record(place: Path) -> None:

@@ -19,6 +19,7 @@ from migd.control.commands import MigrationStatus, Reply, Request, StatusReport
 from migd.control.events import Event
 from migd.errors import ConfigError, GuestError, MigdError, OutcomeUnknown, PeerLost, of_exit_code
 from migd.migration.stats import Arrival
+from migd.wire.protocol import Keeper
 
 ROLES = ("serve", "source", "destination")
 
@@ -161,9 +162,12 @@ class Daemon:
         """
         return self._words(commands.SetBandwidth(bytes_s=bytes_s, target=target, incoming=incoming))
 
-    def resolve(self, target: str) -> str:
-        """Have the destination asked about an unknown outcome: what was decided, in words."""
-        return self._words(commands.Resolve(target=target))
+    def resolve(self, target: str, *, keeper: Literal["source", "destination"] | None = None) -> str:
+        """Have the destination asked about an unknown outcome: what was decided, in words.
+
+        ``keeper`` is where the guest is to run if nobody else can decide: `migd resolve --help` says when.
+        """
+        return self._words(commands.Resolve(target=target, keeper=Keeper(keeper) if keeper else None))
 
     def _words(self, request: Request) -> str:
         match reply := self._ask_once(request):

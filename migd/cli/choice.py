@@ -60,6 +60,16 @@ def sender_of(directory: Path | None, target: str) -> ControlClient:
     return _the_one(directory, lambda found: _sends(found) and _knows(found, target), target, _sends)
 
 
+def resolver_of(directory: Path | None, target: str) -> ControlClient:
+    """The daemon to decide about a guest: the one that it left from, else where it arrived and is paused."""
+    if directory:
+        return ControlClient(directory)
+    knowing = [found for found in all_here(None) if _knows(found, target)]
+    if knowing and not any(map(_sends, knowing)):
+        return _only(knowing, target)
+    return sender_of(directory, target)
+
+
 def sender(directory: Path | None) -> ControlClient:
     """The daemon that guests leave from."""
     return _the_one(directory, _sends, "sending", _sends)
@@ -123,11 +133,14 @@ def _the_one(
             "takes guests in" if can is _receives else "sends guests away",
         )
         raise ConfigError(f"no daemon here {does} ({names}): start one with `migd serve`")
-    fitting = [daemon for daemon in able if fits(daemon)]
+    return _only([daemon for daemon in able if fits(daemon)] or able[:1], target)
+
+
+def _only(fitting: list[Found], target: str) -> ControlClient:
     if len(fitting) > 1:
         names = " and ".join(map(str, fitting))
         raise ConfigError(f"{target!r} is known to several daemons ({names}): name one with --runtime-dir")
-    return ControlClient((fitting or able)[0].directory)
+    return ControlClient(fitting[0].directory)
 
 
 def _sends(found: Found) -> bool:

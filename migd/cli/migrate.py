@@ -9,11 +9,12 @@ from types import FrameType
 
 import click
 
-from migd.cli.choice import sender_of, sender_of_guest
+from migd.cli.choice import resolver_of, sender_of, sender_of_guest
 from migd.cli.options import Bandwidth, Positive, ask, done, json_option, runtime_option
 from migd.cli.watch import show
 from migd.control import commands
 from migd.control.client import ControlClient
+from migd.wire.protocol import Keeper
 
 
 @dataclass
@@ -105,8 +106,30 @@ def cancel(target: str, as_json: bool, directory: Path | None) -> None:
 
 @click.command()
 @click.argument("target", metavar="GUEST|MIGRATION")
+@click.option("--force-source", is_flag=True,
+              help="Where nobody else can decide: the guest is to run on at the source.")  # fmt: skip
+@click.option("--force-dest", is_flag=True, help="The same for the destination.")
 @json_option
 @runtime_option
-def resolve(target: str, as_json: bool, directory: Path | None) -> None:
-    """Ask the destination what became of a migration whose outcome is unknown, and act on its answer."""
-    show(sender_of(directory, target).ask(commands.Resolve(target=target)), as_json=as_json)
+def resolve(target: str, force_source: bool, force_dest: bool, as_json: bool, directory: Path | None) -> None:
+    """Decide what became of a guest whose hand-over stayed open.
+
+    At its source, `migd resolve GUEST` asks the destination and does what that says: the guest runs on
+    here, or it runs there and is let go of. An option that contradicts the destination is refused, with
+    what is true. Two cases are left to you:
+
+    The destination does not answer and never will: --force-source has the guest run on here, --force-dest
+    ends it here. First make sure that it does not run there, or that it does: else there are two, or none.
+
+    The verification after the start was bad, and the guest is paused on both sides: --force-source has it
+    run on at the source as it was at the pause, --force-dest at the destination with pages that may be
+    wrong. At the destination the same options decide, too; its source then follows with `migd resolve`.
+
+    Exit code 0: decided; with a migration's result that result's. 3: the option contradicts what is known.
+    4: the destination does not answer. 5: the guest stays paused by a bad verification.
+    """
+    if force_source and force_dest:
+        raise click.UsageError("--force-source and --force-dest: the guest can only run on one side")
+    keeper = Keeper.SOURCE if force_source else Keeper.DESTINATION if force_dest else None
+    request = commands.Resolve(target=target, keeper=keeper)
+    show(resolver_of(directory, target).ask(request), as_json=as_json)

@@ -15,6 +15,7 @@ from migd import __version__
 from migd.control.events import Event
 from migd.limits import Limits
 from migd.migration.stats import Arrival, Iteration, Result
+from migd.wire.protocol import Keeper
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -64,7 +65,10 @@ class Cancel(_Request, frozen=True, tag="cancel"):
 
 
 class Resolve(_Request, frozen=True, tag="resolve"):
+    """Decide what stayed undecided; ``keeper`` is the operator's word where nobody else can."""
+
     target: str
+    keeper: Keeper | None = None
 
 
 class SetBandwidth(_Request, frozen=True, tag="set_bandwidth"):

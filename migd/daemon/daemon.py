@@ -27,6 +27,7 @@ from migd.daemon.departures import Departures
 from migd.daemon.event_log import EventLog
 from migd.daemon.following import Following
 from migd.daemon.history import History
+from migd.daemon.resolving import Resolving
 from migd.daemon.returns import Returns
 from migd.destination.handover import HandOver
 from migd.destination.reception import Reception
@@ -37,13 +38,13 @@ from migd.guest.registry import GuestRegistry
 from migd.host import MonotonicClock, RuntimeDir, SystemEntropy, ThreadWorker
 from migd.migration.in_flight import frames_in_flight
 from migd.migration.journal import Journal
-from migd.migration.ports import Link
+from migd.migration.ports import Bandwidth, Link
 from migd.ram.provider import provider
 from migd.source.attempt import DirtyLogChoice, SourceServices
 from migd.transport.bandwidth import SharedBandwidth
 from migd.transport.in_flight import SharedRoom
 from migd.transport.link import Dialogue
-from migd.transport.tcp import Listener, refuse_open_listener
+from migd.transport.tcp import Listener, TcpConnector, refuse_open_listener
 from migd.wire import handshake
 from migd.wire.framing import Frame
 from migd.wire.messages import About, Probe
@@ -127,7 +128,7 @@ class Daemon:
         leaving = SourceServices(
             self._clock, self._worker, departed, limits, observer, entropy, SharedRoom(frames).open
         )
-        self._departures = Departures(config, self._guests, leaving)
+        self._departures = Departures(config, self._guests, leaving, self._connector)
         self._returns = Returns(
             self._guests, self._departures, departed, arrived, self._worker, limits, observer
         )
@@ -149,6 +150,7 @@ class Daemon:
         )
         self._reception = Reception(arriving, self._converse, self._revive, self._about)
         self._following = Following(self._departures, self._reception, history, self._worker)
+        self._resolving = Resolving(self._departures, self._returns, self._reception, arrived)
         if self.role.listens:
             self._guests.expect_guests()
 
@@ -164,6 +166,12 @@ class Daemon:
     def _about(self, question: Probe) -> About:
         free_bytes, max_streams = self._guests.free_bytes(), self.config.destination.max_streams
         return handshake.about(question, time.time_ns(), free_bytes, max_streams)
+
+    def _connector(self, address: str, bandwidth: Bandwidth | None) -> TcpConnector:
+        insecure = self.config.migration.insecure_plaintext
+        return TcpConnector(
+            address, self._clock, self.config.limits, insecure_plaintext=insecure, bandwidth=bandwidth
+        )
 
     def _converse(self, link: Link, migration: str) -> Dialogue:
         return Dialogue(link, migration, self._clock, self.config.limits)
@@ -209,8 +217,8 @@ class Daemon:
                 yield commands.Done(text=self._adjustments.bandwidth(request))
             case commands.SetPolicy():
                 yield commands.Done(text=self._adjustments.policy(request))
-            case commands.Resolve(target=target):
-                async for reply in self._resolve(target):
+            case commands.Resolve(target=target, keeper=keeper):
+                async for reply in self._resolving.resolve(target, keeper):
                     yield reply
             case commands.Attach(target=target):
                 async for reply in self._following.attach(target):
@@ -227,15 +235,6 @@ class Daemon:
                         yield event
                     if not batch:
                         yield commands.Quiet()
-
-    async def _resolve(self, target: str) -> AsyncIterator[Reply]:
-        """Ask the destination about an outcome that this daemon, or the one before it, does not know."""
-        known = False
-        async for reply in self._departures.resolve(target):
-            known = True
-            yield reply
-        if not known:
-            yield commands.Done(text=await self._returns.resolve(target))
 
     def _status(self) -> StatusReport:
         return StatusReport(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 from migd.config import Config
 from migd.control import commands
 from migd.control.commands import Reply
 from migd.daemon import requested
 from migd.daemon.targets import newest
-from migd.errors import MigdError, Refused
+from migd.errors import MigdError, Refused, VerificationError
 from migd.guest.control import GuestState
 from migd.guest.hosted import HostedGuest
 from migd.guest.registry import GuestRegistry
-from migd.migration.ports import Bandwidth
+from migd.migration.ports import Bandwidth, Connector
 from migd.migration.state import SourceState
 from migd.migration.stats import Result
 from migd.sizes import UNLIMITED
@@ -24,7 +23,8 @@ from migd.source.attempt import Attempt, SourceServices
 from migd.source.peer import DestinationPeer
 from migd.source.session import SourceSession
 from migd.transport.bandwidth import MigrationBandwidth, SharedBandwidth
-from migd.transport.tcp import TcpConnector, parse_address
+from migd.transport.tcp import parse_address
+from migd.wire.protocol import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,18 @@ _REMEMBERED = 64
 class Departures:
     """All outgoing migrations, by id; each runs as a task of the daemon, whoever watches it."""
 
-    def __init__(self, config: Config, guests: GuestRegistry, services: SourceServices) -> None:
+    def __init__(
+        self,
+        config: Config,
+        guests: GuestRegistry,
+        services: SourceServices,
+        connector: Callable[[str, Bandwidth | None], Connector],
+    ) -> None:
+        """``connector`` gives the way to a destination's ``HOST:PORT``; ConfigError for a bad one."""
         self._config = config
         self._guests = guests
         self._services = services
+        self._connector = connector
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[str, asyncio.Task[Result]] = {}
         self._leaving: dict[str, HostedGuest] = {}
@@ -90,13 +98,56 @@ class Departures:
         found = self._bandwidths.get(migration)
         return found.limit_bytes_s if found is not None else UNLIMITED
 
-    async def resolve(self, target: str) -> AsyncIterator[Reply]:
-        """Ask the destination about an outcome unknown to a session here; nothing if no session waits."""
+    async def resolve(self, target: str, keeper: Keeper | None = None) -> AsyncIterator[Reply]:
+        """Ask the destination about an outcome unknown to a session here; nothing if no session waits.
+
+        ``keeper`` decides where it does not answer. Refused, with what is true, where it decides otherwise.
+        """
         unknown = [found for found in self.sessions.values() if found.state is SourceState.UNKNOWN]
-        session = newest(target, unknown)
-        if session is not None:
-            async for reply in self._watch(session, self._launch(session, session.resolve())):
-                yield reply
+        session = newest(target, [found for found in unknown if not self._came_back(found)])
+        if session is None:
+            return
+        if self.acts(session.migration):
+            raise MigdError(f"{target}: it is being resolved already")
+        last: Reply | None = None
+        async for reply in self._watch(session, self._launch(session, session.resolve())):
+            if last is not None:
+                yield last
+            last = reply
+        assert last is not None
+        if keeper is not None:
+            last = await self._decided(session, keeper) or last
+        yield last
+
+    async def _decided(self, session: SourceSession, keeper: Keeper) -> Reply | None:
+        """What the operator's word has done; None if the destination's answer has done the same."""
+        if session.state is SourceState.UNKNOWN:
+            result = await self._launch(session, session.force(keeper))
+            if session.ended:
+                return commands.Done(text=result.error, migration=session.migration)
+            return commands.Failed(error=result.error, exit_code=result.exit_code)
+        result = session.result
+        here = result.outcome != "completed"
+        if result.exit_code == VerificationError.exit_code or here is (keeper is Keeper.SOURCE):
+            return None
+        true = result.error or f"guest {result.guest} runs at {result.peer}"
+        raise Refused(f"{keeper.option} is refused, the destination has answered: {true}")
+
+    def overtaken(self, migration: str, keeper: Keeper, said: str) -> None:
+        """What a session here did not know was decided without it, when its guest came back."""
+        session = self.sessions.get(migration)
+        if session is not None and session.state is SourceState.UNKNOWN:
+            self._launch(session, session.overtaken(keeper, said))
+
+    def _came_back(self, session: SourceSession) -> bool:
+        """Its guest, over another connection: what becomes of it is decided by ``Returns``."""
+        leaving = self._leaving[session.migration]
+        here = self._guests.guests.get(leaving.name)
+        return here is not None and here is not leaving and here.migration == session.migration
+
+    def acts(self, migration: str) -> bool:
+        """Whether a session of this migration does something at present."""
+        return migration in self._running
 
     async def settled(self, migration: str) -> None:
         """Returns when no session of this migration acts any more."""
@@ -108,6 +159,7 @@ class Departures:
         """Before GO: cancelled, and the guest runs on. After GO: the hand-over is brought to its end."""
         for session in self.sessions.values():
             session.cancel()
+            session.leave()
         if self._running:
             await asyncio.wait(self._running.values(), timeout=self._services.limits.go_s)
 
@@ -116,12 +168,10 @@ class Departures:
 
         Without a ``bandwidth``, for a few messages, nothing limits it.
         """
-        limits, clock = self._services.limits, self._services.clock
-        insecure = self._config.migration.insecure_plaintext
-        connector = TcpConnector(address, clock, limits, insecure_plaintext=insecure, bandwidth=bandwidth)
-        if insecure:
+        connector = self._connector(address, bandwidth)
+        if self._config.migration.insecure_plaintext:
             log.warning("%s: guest memory goes to %s in plaintext, unauthenticated", migration, address)
-        return DestinationPeer(connector, migration, clock, limits)
+        return DestinationPeer(connector, migration, self._services.clock, self._services.limits)
 
     # -- one migration ------------------------------------------------------------------------------
 
@@ -131,7 +181,7 @@ class Departures:
             raise Refused(f"guest {guest.name} is {guest.state}, it cannot leave: see `migd status`")
         if guest.name in self._busy():
             raise Refused(f"guest {guest.name} is in a migration already: see `migd status`")
-        migration = secrets.token_hex(16)
+        migration = self._services.entropy.token(16).hex()
         options = requested.options(self._config.migration, request)
         parse_address(request.to)  # before a bandwidth is opened, which has to be closed again
         bandwidth = self.bandwidth.open(requested.max_bandwidth_bytes_s(self._config.migration, request))

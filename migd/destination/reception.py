@@ -5,10 +5,12 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from migd.destination.handover import HandOver
 from migd.destination.session import DestinationServices, DestinationSession
-from migd.errors import MigdError, PeerError, ProtocolError, Refused, ResourceError
+from migd.errors import GuestError, MigdError, PeerError, ProtocolError, Refused, ResourceError
+from migd.migration.decision import Asked, go_at_destination
 from migd.migration.journal import Mark, Record
 from migd.migration.ports import Conversation, Link
 from migd.migration.state import DestinationState
@@ -33,7 +35,7 @@ class Reception:
         revive: Callable[[str], Awaitable[HandOver]],
         about: Callable[[messages.Probe], messages.About],
     ) -> None:
-        """``revive`` rebuilds the hand-over of a migration whose STARTED is journalled, after a restart.
+        """``revive`` rebuilds the hand-over of a migration whose guest was started, after a restart.
 
         ``about`` answers PROBE; ResourceError if this host does not tell how much memory it has.
         """
@@ -51,8 +53,8 @@ class Reception:
                     await self._open(link, frame)
                 case FrameType.STREAM:
                     await self._join(link, frame)
-                case FrameType.GO:
-                    await self._go(link, frame)
+                case FrameType.GO | FrameType.RESOLVE:
+                    await self._ask(link, frame)
                 case FrameType.PROBE:
                     await self._tell(link, frame)
                 case _:
@@ -97,32 +99,45 @@ class Reception:
         session.join(stream, link)
         await session.over.wait()
 
-    async def _go(self, link: Link, frame: Frame) -> None:
-        """GO first: the source lost its connection, or one of us was restarted."""
-        migration = frame.message().migration
+    async def _ask(self, link: Link, frame: Frame) -> None:
+        """GO or RESOLVE first: the source lost its connection, or one of us was restarted."""
+        question = frame.message()
+        assert isinstance(question, messages.Go | messages.Resolve)
+        migration = question.migration
         conversation = self._converse(link, migration)
-        handover = await self._handover(migration)
+        handover = await self.handover(migration)
         if handover is None:
             await conversation.send(await self._never_heard_of(migration))
             return
         runner = Runner(conversation.run())
         try:
-            await conversation.send(await handover.answer_go())
+            await conversation.send(await handover.answer(question))
             await guarded(handover.serve(conversation), runner.failure())
         except PeerError as error:
             log.info("%s: %s", migration, error)
         finally:
             await runner.stop()
 
-    async def _handover(self, migration: str) -> HandOver | None:
-        """The one that decides about this migration, if it got as far as READY."""
+    async def handover(self, migration: str) -> HandOver | None:
+        """The one that decides about this migration; None if its guest was never started here.
+
+        ProtocolError before READY. GuestError if the guest has not come back after a restart.
+        """
         session = self.sessions.get(migration)
-        if session is not None:
-            if session.handover is None and session.state is not DestinationState.ABORTED:
-                raise ProtocolError(f"GO for {migration} before READY")
-            return session.handover
+        if session is None:
+            return await self._revived(migration)
+        if session.handover is None and session.state is not DestinationState.ABORTED:
+            raise ProtocolError(f"{migration} was asked about before READY")
+        handover = session.handover
+        if handover is None or not handover.gone or handover.mark is Mark.READY:
+            return handover
+        with suppress(GuestError):  # its process may have come back over another connection
+            return await self._revived(migration)
+        return handover
+
+    async def _revived(self, migration: str) -> HandOver | None:
         last = self._services.journal.last(migration)
-        if last is not None and last.mark is Mark.STARTED:
+        if go_at_destination(last.mark if last is not None else None) is Asked.STARTED:
             return await self._revive(migration)
         return None
 

@@ -367,11 +367,8 @@ class DestinationSession:
             async with asyncio.timeout(self._limits.check_s):
                 await serving.failure()
         except (PeerError, TimeoutError) as error:
-            log.info("%s: the connection ended early: %s", self.migration, error)
-        if self.state is DestinationState.RUNNING:
-            log.warning("%s: the guest runs here, but no verdict came", self.migration)
-            self.guest.judged()
-            await self._enter(DestinationState.COMPLETED)
+            log.debug("%s: the connection is over: %s", self.migration, error)
+        await handover.unheard()
 
     async def _give_up(self, error: MigdError) -> None:
         """Before READY nothing stays but the source's guest; from READY on ``HandOver`` has the say."""

@@ -147,6 +147,10 @@ class HostedGuest:
         finally:
             control.close_all(fds)
 
+    def await_verdict(self) -> None:
+        """It arrived here before a restart of this daemon, and nothing was said of it yet."""
+        self._arrived = True
+
     @property
     def awaits_verdict(self) -> bool:
         """See ``migd.migration.ports.SourceGuest``."""
@@ -165,8 +169,14 @@ class HostedGuest:
             raise GuestError(f"guest {self.name} is {self.state}: the verdict on its arrival was bad")
 
     async def resume(self) -> None:
-        await self.link.order(control.Resume(), control.Running, self.limits.guest_s)
+        """A guest that does not answer in time obeys all the same, before it hears of anything else."""
+        before = self.state, self.migration
         self.state, self.migration = GuestState.RUNNING, ""
+        try:
+            await self.link.order(control.Resume(), control.Running, self.limits.guest_s)
+        except RequestRefused:
+            self.state, self.migration = before
+            raise
 
     async def release(self) -> None:
         """It runs elsewhere: its process here ends."""

@@ -35,7 +35,8 @@ from migd.ram.provider import RamProvider
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 16
+_BACKLOG = 128
+"""Guests that start at the same moment: one that finds no place here is told so at once, and ends."""
 _ACCEPT_PAUSE_S = 0.1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of guests and RAM blocks: they become parts of file names, and the destination takes no other."""
@@ -63,7 +64,7 @@ class GuestRegistry:
         *,
         ram: RamProvider,
     ) -> None:
-        """``returned`` is awaited for a guest that comes back paused or incoming after a daemon restart.
+        """``returned`` is awaited for a guest that brings its RAM: it was attached to a daemon before us.
 
         ``spawn_command`` is the argv of an incoming guest, see ``Spawner``.
         """
@@ -237,7 +238,7 @@ class GuestRegistry:
         )
         self._observer.attached(guest)
         try:
-            if not new_ram and attach.state is not GuestState.RUNNING:
+            if not new_ram:
                 await self._returned(guest)
             await link.gone.wait()
         finally:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _RAM = re.compile(r"/memfd:migd-.*|.*/migd-.+-.+-[0-9a-f]{8}(?: \(deleted\))?")
@@ -78,7 +79,7 @@ def _is_command(arguments: tuple[str, ...]) -> bool:
 def _name(arguments: tuple[str, ...], comm: str) -> str:
     if comm.startswith(_NAME_PREFIX):
         return comm.removeprefix(_NAME_PREFIX)
-    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
+    for word, following in pairwise((*arguments, "")):
         if word == "--name":
             return following
         if word.startswith("--name="):

@@ -10,9 +10,12 @@ source      ABORTED   goes    a guest that comes back paused is resumed, as it i
 source      RELEASED  goes    the same would happen, which is wrong: so only if no such process lives
 source      GO        stays   the guest would be resumed, though it may run at the destination
 source      STARTED   stays   the guest would be resumed, though it runs at the destination
+source      CONDEMNED stays   the guest would be resumed, though the operator has not said where it runs
 destination ABORTED   goes    GO is answered with ABORTED, as it is with the record
 destination READY     stays   the source may be asking; a daemon here answers it, once it is started
 destination STARTED   stays   GO would be answered with ABORTED, and the source resume its copy
+destination VERIFIED  stays   the same: the source may have died before it let go
+destination CONDEMNED stays   the same, and the guest here might be taken for one that was to leave
 =========== ========= ======= =====================================================================
 
 What cannot be read stays. A file without a whole line announced nothing: it goes.
@@ -96,12 +99,22 @@ def _undecided(side: Side, last: Record) -> str:
                 f"guest {last.guest} was started at {last.peer} and not yet let go of here: a paused copy of "
                 f"it must not be resumed. Start the daemon here again, which sees to it"
             )
+        case Side.SOURCE, Mark.CONDEMNED:
+            return (
+                f"the verdict on guest {last.guest} was bad ({last.detail}): it stays paused here and at "
+                f"{last.peer}. Start the daemon here again, and `migd resolve {last.guest}`"
+            )
+        case Side.DESTINATION, Mark.CONDEMNED:
+            return (
+                f"the verdict on guest {last.guest} was bad ({last.detail}): it stays paused here. Start the "
+                f"daemon here again, and `migd resolve {last.guest}`"
+            )
         case Side.DESTINATION, Mark.READY:
             return (
                 f"GO may have been sent for guest {last.guest}: its source may still ask. Start the daemon "
                 f"here again, which answers that it was not started"
             )
-        case Side.DESTINATION, Mark.STARTED:
+        case Side.DESTINATION, Mark.STARTED | Mark.VERIFIED:
             return (
                 f"guest {last.guest} was started here: should its source ask again, only this record keeps "
                 f"it from resuming its own copy. It may go once the source's journal or history says that "

@@ -1,17 +1,18 @@
 """The durable journal of hand-overs: what a restarted daemon needs to never have two guests (G2, G3).
 
 One file per migration and role, one JSON line per record, fsynced before ``append`` returns. Only the
-records that decide anything are written: four at most.
+records that decide anything are written: five at most.
 
-Formats: 1 had no ``software``; 2 has. Each migd reads its own and every older one. Whatever a later format
-changes, a line stays a JSON object with an integer ``format`` and a string ``software``, so that any migd can
-say who wrote what it cannot read.
+Formats: 1 had no ``software``; 2 has; 3 knows VERIFIED and CONDEMNED. Each migd reads its own and every
+older one. Whatever a later format changes, a line stays a JSON object with an integer ``format`` and a string
+``software``, so that any migd can say who wrote what it cannot read.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ import msgspec
 from migd.errors import MigdError, ResourceError
 from migd.wire.protocol import SOFTWARE
 
-FORMAT = 2
+FORMAT = 3
 
 _FILE = re.compile(r"([0-9a-f]{32})\.jsonl")
 
@@ -38,7 +39,11 @@ class Mark(StrEnum):
     ABORTED = "aborted"
     """This side will never run this migration's guest (destination), or has resumed it (source)."""
     RELEASED = "released"
-    """The source let go of the guest."""
+    """Source: it let go of the guest."""
+    VERIFIED = "verified"
+    """Destination: the source's verdict on the guest that runs here was good."""
+    CONDEMNED = "condemned"
+    """The verdict was bad: on neither side may the guest go on before the operator says where (G4)."""
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -121,16 +126,30 @@ class Journal:
             raise CorruptJournal(f"journal {path}: {error.strerror}") from error
         try:
             lines = data[: _whole_lines(data)].splitlines()
-            return [_read(line) for line in lines]
+            records = [_read(line) for line in lines]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptJournal(f"journal {path}: {error}; resolve by hand") from error
         except NewerJournal as error:
             raise NewerJournal(f"journal {path}: {error}") from error
+        if any(record.migration != migration for record in records):
+            raise CorruptJournal(f"journal {path}: it has records of another migration; resolve by hand")
+        return records
 
     def last(self, migration: str) -> Record | None:
         """The newest record of a migration."""
         records = self.records(migration)
         return records[-1] if records else None
+
+    def newest_of(self, guest: str) -> Record | None:
+        """The newest record about this guest, of whichever migration; what cannot be read is passed over."""
+        newest: tuple[int, Record] | None = None
+        for migration in self.migrations():
+            with suppress(OSError, CorruptJournal):
+                written_ns = self._path(migration).stat().st_mtime_ns
+                last = self.last(migration)
+                if last is not None and last.guest == guest and (newest is None or written_ns > newest[0]):
+                    newest = (written_ns, last)
+        return newest[1] if newest is not None else None
 
     def migrations(self) -> list[str]:
         """Of all files here, in order. ResourceError if the directory cannot be read."""

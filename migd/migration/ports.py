@@ -269,27 +269,36 @@ class SelfCheck:
     first_wrong: int
 
 
-class DestinationGuest(Protocol):
-    """The guest process spawned for an incoming migration; it holds the RAM and survives its daemon."""
+class LoadedGuest(Protocol):
+    """A guest process at its destination from READY on, as far as the hand-over needs it."""
 
     name: str
-    ram: RamLayout
 
     @property
     def gone(self) -> bool:
         """Its process has ended, or was given up."""
 
-    async def attached(self) -> None: ...
-    async def load(self, device_state: bytes) -> None: ...
     async def start(self) -> Resumption: ...
     async def pause(self, migration: str) -> PauseReport: ...
+    async def resume(self) -> None:
+        """Go on after a pause; nothing if it runs."""
+
     def judged(self) -> None:
         """The verdict on its arrival has come, or is waited for no longer: it may move on."""
 
     async def self_check(self) -> SelfCheck: ...
-    async def lost(self) -> None: ...
     async def discard(self) -> None:
-        """End a guest process that never ran here, and let its RAM go."""
+        """End a guest process that does not run here, and let its RAM go."""
+
+
+class DestinationGuest(LoadedGuest, Protocol):
+    """The guest process spawned for an incoming migration; it holds the RAM and survives its daemon."""
+
+    ram: RamLayout
+
+    async def attached(self) -> None: ...
+    async def load(self, device_state: bytes) -> None: ...
+    async def lost(self) -> None: ...
 
 
 class GuestHost(Protocol):

@@ -104,7 +104,7 @@ class Attempt:
         self.passage = Passage(migration, guest.name, "out", peer.address)
         self.progress = source_progress(waiting=guest.awaits_verdict)
         self.began_s = services.clock.now()
-        self._journal = services.journal
+        self.journal = services.journal
         self.result = Result(
             migration=migration,
             guest=guest.name,
@@ -142,20 +142,25 @@ class Attempt:
         self.result.error = str(error)
         self.result.exit_code = error.exit_code
 
-    async def mark(self, mark: Mark, detail: str = "") -> None:
-        """Durable when this returns. While the journal holds no GO the guest is ours."""
-        record = Record(
+    def record(self, mark: Mark, detail: str = "") -> Record:
+        """For the journal."""
+        return Record(
             migration=self.migration,
             mark=mark,
             guest=self.guest.name,
             peer=self.peer.address,
-            detail=detail,
+            detail=detail[:1000],
         )
-        await self.worker.run(self._journal.append, record)
 
-    async def note(self, mark: Mark, detail: str = "") -> None:
-        """A record that only spares a restarted daemon a question: without it, it asks the destination."""
+    async def mark(self, mark: Mark, detail: str = "") -> None:
+        """Durable when this returns. While the journal holds no GO the guest is ours."""
+        await self.worker.run(self.journal.append, self.record(mark, detail))
+
+    async def note(self, mark: Mark, detail: str = "") -> bool:
+        """A record without which a restarted daemon asks the destination once more. Whether it is written."""
         try:
             await self.mark(mark, detail)
         except MigdError as error:
             log.warning("%s: %s", self.migration, error)
+            return False
+        return True

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from migd.errors import OutcomeUnknown, PeerError, PeerLost, ProtocolError
+from migd.errors import OutcomeUnknown, PeerAborted, PeerError, PeerLost, ProtocolError, Refused
 from migd.limits import Limits
 from migd.migration.ports import Bandwidth, Clock, Connector, Conversation, Link, M
 from migd.ram.block import PAGE_BYTES
 from migd.ram.digest import frame_digest
 from migd.tasks import Runner, guarded
 from migd.wire import messages
-from migd.wire.messages import Aborted, Started
-from migd.wire.protocol import STATE_CHUNK_BYTES
+from migd.wire.messages import Aborted, Started, Verdict
+from migd.wire.protocol import STATE_CHUNK_BYTES, Keeper
 
 _RETRY_S = 0.25
+
+
+class NotStarted(OutcomeUnknown):
+    """The destination answers, and has lost the guest that it was about to start."""
 
 
 class DestinationPeer:
@@ -107,30 +111,70 @@ class DestinationPeer:
     async def go(self) -> Started | Aborted:
         """Send GO and wait for the answer; after a lost connection send it again on a new one.
 
-        GO is idempotent. OutcomeUnknown when ``go_s`` is over without an answer.
+        GO is idempotent. OutcomeUnknown when ``go_s`` is over without an answer; NotStarted if the last one
+        was that the guest cannot be started.
         """
         deadline = self._clock.now() + self._limits.go_s
-        reason = "no answer"
+        failed: PeerError = PeerLost("no answer")
         while (left := deadline - self._clock.now()) > 0:
             try:
-                if self._control is None:
-                    await self.connect()
-                return await guarded(self._ask(left), self._watch_control())
+                return await self._ask(messages.Go(migration=self._migration), left)
             except PeerError as error:
-                reason = str(error)
+                failed = error
                 await self.close()
                 await self._clock.sleep(min(_RETRY_S, left))
-        raise OutcomeUnknown(
-            f"GO was sent to {self.address} and no answer came within {self._limits.go_s:g} s ({reason}); "
-            f"the guest stays paused here: run `migd resolve` when the destination can be reached"
+        unknown = (
+            f"GO was sent to {self.address} and no answer came within {self._limits.go_s:g} s ({failed}); "
+            f"the guest stays paused here"
         )
+        if isinstance(failed, PeerAborted):
+            raise NotStarted(f"{unknown}: `migd resolve --force-source` has it run on here")
+        raise OutcomeUnknown(f"{unknown}: run `migd resolve` when the destination can be reached")
 
-    async def _ask(self, timeout_s: float) -> Started | Aborted:
-        await self.control.send(messages.Go(migration=self._migration))
-        answer = await self.control.next("STARTED", timeout_s)
-        if not isinstance(answer, Started | Aborted):
-            raise ProtocolError(f"{self.address} answered GO with something else")
-        return answer
+    async def resolve(self, keeper: Keeper, detail: str) -> Started | Aborted:
+        """The operator's word, and what is true after it. Refused with the reason, PeerLost, PeerAborted."""
+        question = messages.Resolve(migration=self._migration, keeper=keeper, detail=detail)
+        return await self._ask(question, self._limits.go_s)
+
+    async def deliver(self, verdict: Verdict, within_s: float | None = None) -> Started | Aborted:
+        """Tell a verdict until the destination has acted on it, on new connections after a lost one.
+
+        ``within_s`` is ``go_s`` where somebody waits for it.
+        Answers as of ``go``. Refused if something else was decided there; PeerError when the time is over.
+        """
+        deadline = self._clock.now() + (self._limits.go_s if within_s is None else within_s)
+        while True:
+            try:
+                if self._control is None:
+                    answer = await self._ask(messages.Go(migration=self._migration), self._limits.go_s)
+                    if isinstance(answer, Aborted):
+                        return answer
+                await self.control.send(verdict)
+                # What is sent on one connection is done in its order: this answer comes behind the verdict.
+                return await self._ask(messages.Go(migration=self._migration), self._limits.go_s)
+            except Refused:
+                raise
+            except PeerError:
+                await self.close()
+                left = deadline - self._clock.now()
+                if left <= 0:
+                    raise
+                await self._clock.sleep(min(_RETRY_S, left))
+
+    async def _ask(self, question: messages.Go | messages.Resolve, timeout_s: float) -> Started | Aborted:
+        if self._control is None:
+            await self.connect()
+        return await guarded(self._answer(question, timeout_s), self._watch_control())
+
+    async def _answer(self, question: messages.Go | messages.Resolve, timeout_s: float) -> Started | Aborted:
+        await self.control.send(question)
+        name = type(question).__name__.upper()
+        while True:
+            answer = await self.control.next(f"answer to {name}", timeout_s)
+            if isinstance(answer, Started | Aborted):
+                return answer
+            if not isinstance(answer, messages.Checked):  # which may come behind any verdict that was good
+                raise ProtocolError(f"{self.address} answered {name} with something else")
 
     async def close(self) -> None:
         """Close every connection, at once."""

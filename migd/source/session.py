@@ -27,9 +27,11 @@ from migd.source.attempt import Attempt
 from migd.source.handover import DestinationAborted, HandOver
 from migd.source.hinting import Hinting
 from migd.source.phases import Phases
+from migd.source.resolution import Resolution
 from migd.tasks import guarded
 from migd.wire import messages
 from migd.wire.messages import Started
+from migd.wire.protocol import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class SourceSession:
         self._handover = HandOver(self._attempt, self._phases)
         self._phases_task: asyncio.Task[None] | None = None
         self._cancelled = False
+        self._unknown = MigdError("")
+        """Why the outcome is unknown, once it is."""
 
     @property
     def migration(self) -> str:
@@ -114,6 +118,10 @@ class SourceSession:
             self._phases_task.cancel()
         return True
 
+    def leave(self) -> None:
+        """The daemon ends: where the guest runs elsewhere already, nothing more is waited for."""
+        self._handover.leave()
+
     # -- the whole of it ----------------------------------------------------------------------------
 
     async def run(self) -> Result:
@@ -129,6 +137,35 @@ class SourceSession:
         await self._attempt.enter(SourceState.GOING)
         self.result.error, self.result.exit_code = "", 0
         await self._go()
+        await self._end()
+        return self.result
+
+    async def force(self, keeper: Keeper) -> Result:
+        """The operator's word about an outcome that stays unknown; the result's ``error`` says what was done.
+
+        If it could not be done the outcome is unknown as before, and ``error`` says why.
+        """
+        attempt = self._attempt
+        last = attempt.record(Mark.GO, self._handover.verified)
+        resolution = Resolution(last, attempt.guest, attempt.peer, attempt.journal, attempt.worker)
+        try:
+            said = await resolution.force(keeper, self._unknown)
+        except Exception as error:  # noqa: BLE001  # translated, and logged if it is a bug
+            attempt.fail(self._translated(error, MigdError), "unknown")
+            await attempt.peer.close()
+            return self.result
+        return await self.overtaken(keeper, said)
+
+    async def overtaken(self, keeper: Keeper, said: str) -> Result:
+        """An unknown outcome was decided, not by the destination's answer to this session."""
+        attempt = self._attempt
+        if keeper is Keeper.SOURCE:
+            await attempt.enter(SourceState.ABORTING)
+        else:
+            await attempt.enter(SourceState.GOING)
+            await attempt.enter(SourceState.VERIFYING)
+        attempt.fail(MigdError(said), "failed")
+        await attempt.enter(SourceState.FAILED)
         await self._end()
         return self.result
 
@@ -160,7 +197,8 @@ class SourceSession:
             await self._abort(error)
         except Exception as error:  # noqa: BLE001  # translated, and logged if it is a bug
             await attempt.enter(SourceState.UNKNOWN)
-            attempt.fail(self._translated(error, OutcomeUnknown), "unknown")
+            self._unknown = self._translated(error, OutcomeUnknown)
+            attempt.fail(self._unknown, "unknown")
         else:
             await self._finish(started)
 
@@ -169,6 +207,11 @@ class SourceSession:
         await attempt.enter(SourceState.VERIFYING)
         try:
             await self._handover.finish(started)
+        except DestinationAborted as error:
+            await self._resume()
+            await attempt.note(Mark.ABORTED, str(error))
+            attempt.fail(error, "failed")
+            await attempt.enter(SourceState.FAILED)
         except Exception as error:  # noqa: BLE001  # translated, and logged if it is a bug
             attempt.fail(self._translated(error, MigdError), "failed")
             await attempt.enter(SourceState.FAILED)
@@ -194,7 +237,7 @@ class SourceSession:
             self._phases_task.cancel()
             await asyncio.wait({self._phases_task})
             raise
-        await self._attempt.mark(Mark.GO)
+        await self._attempt.mark(Mark.GO, self._handover.verified)
         await self._attempt.observer.entered(self.passage, self.state)
 
     async def _watched_phases(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
-from migd.errors import PeerError, PeerLost, ProtocolError, Refused
+from migd.errors import PeerAborted, PeerLost, ProtocolError, Refused
 from migd.limits import Limits
 from migd.migration.bandwidth import Unlimited
 from migd.migration.ports import Bandwidth, Clock, Link, Worker
@@ -183,7 +183,7 @@ class Dialogue:
                 case messages.Pong(applied_bytes=applied):
                     self.peer_applied_bytes = applied
                 case messages.Abort(reason=reason):
-                    raise PeerError(f"the peer aborted: {reason}")
+                    raise PeerAborted(f"the peer aborted: {reason}")
                 case _:
                     await self._inbox.put(message)
 

@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from migd.errors import ProtocolError
-from migd.wire.protocol import MAX_PAGES_PER_FRAME, MAX_STREAMS, TOKEN_BYTES, FrameType
+from migd.wire.protocol import MAX_PAGES_PER_FRAME, MAX_STREAMS, TOKEN_BYTES, FrameType, Keeper
 
 MigrationId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 NO_MIGRATION = "0" * 32
@@ -163,6 +163,13 @@ class Verdict(_Message, frozen=True):
     detail: Reason
 
 
+class Resolve(_Message, frozen=True):
+    """The operator's word about a guest that nobody else decides about."""
+
+    keeper: Keeper
+    detail: Reason
+
+
 class Checked(_Message, frozen=True):
     pages: Count
     wrong: Count
@@ -190,6 +197,7 @@ Message: TypeAlias = (
     | Aborted
     | Verdict
     | Checked
+    | Resolve
 )
 
 _CLASSES: dict[FrameType, type[Message]] = {
@@ -213,6 +221,7 @@ _CLASSES: dict[FrameType, type[Message]] = {
     FrameType.ABORTED: Aborted,
     FrameType.VERDICT: Verdict,
     FrameType.CHECKED: Checked,
+    FrameType.RESOLVE: Resolve,
 }
 _TYPES = {message: kind for kind, message in _CLASSES.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(message) for kind, message in _CLASSES.items()}

@@ -42,10 +42,21 @@ bytes of device state. Of all others: one MessagePack map (``migd.wire.messages`
                                             <-  control   STARTED | ABORTED
       VERDICT                      control  ->             tracking verified: the source lets go
                                             <-  control   CHECKED        the guest's own check, if it has one
+      RESOLVE (keeper)             control  ->             the operator's word; also first on a new connection
+                                            <-  control   STARTED | ABORTED | REFUSE
       ABORT                         either side, before GO; answered by closing
       PROBE                        alone    <-> ABOUT       what is there, now; then closed
 
 A destination that is asked GO for a migration it does not know journals ABORTED, then answers ABORTED.
+
+Messages of one connection are acted upon in their order. So the answer to a GO behind VERDICT says that the
+verdict was acted upon: after a bad one that the guest is paused, and stays so. REFUSE says that it was not,
+and why: a bad one where the operator had the guest run on, a good one where a bad one has paused it.
+
+RESOLVE is about a guest that neither side decides about: paused by a bad verdict, or started and lost.
+Keeper *destination* has it run on there (STARTED), keeper *source* has the destination give it up for good
+(ABORTED). It belongs to the feature ``resolve``. A source that was restarted does not know whether that was
+accepted: a destination without it closes the connection, and the operator has to decide there.
 
 PROBE asks what a destination is, before anybody trusts it with a guest: first on a connection of its own,
 without a token, answered by one ABOUT (versions, software, clock, free memory, streams, features) or REFUSE,
@@ -124,6 +135,7 @@ class FrameType(IntEnum):
     ABORTED = 37
     VERDICT = 38
     CHECKED = 39
+    RESOLVE = 40
 
 
 class Codec(IntEnum):
@@ -139,6 +151,20 @@ class Feature(StrEnum):
 
     LZ4 = "lz4"
     """PAGES frames with ``Codec.LZ4``."""
+    RESOLVE = "resolve"
+    """RESOLVE frames."""
+
+
+class Keeper(StrEnum):
+    """The side that a guest is to be at, by the operator's word."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+    @property
+    def option(self) -> str:
+        """Of `migd resolve`."""
+        return "--force-source" if self is Keeper.SOURCE else "--force-dest"
 
 
 PAGE_RECORDS = frozenset({FrameType.PAGES, FrameType.ZERO, FrameType.FREE})

@@ -48,7 +48,7 @@ def test_a_destination_like_ours() -> None:
         (changed(min_version=0, max_version=0), "protocol version", FAIL, "update migd at the destination"),
         (changed(software="migd 9"), "protocol version", OK, "and migd 9 there"),
         (changed(features=()), "features", WARN, "the destination lacks lz4"),
-        (changed(features=("lz4", "time-travel")), "features", OK, "lz4"),
+        (changed(features=("lz4", "resolve", "time-travel")), "features", OK, "lz4, resolve"),
         (changed(max_streams=1), "streams", FAIL, "2 configured here, at most 1 allowed there"),
     ],
 )  # fmt: skip

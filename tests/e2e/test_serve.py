@@ -14,7 +14,15 @@ from migd.control.commands import MigrationStatus, Remembered
 from migd.control.events import StateEntered
 from migd.migration.state import DestinationState, SourceState
 from migd.migration.stats import Arrival, Result
-from tests.support.pair import DaemonPair, DaemonProcess, daemon_pair, eventually, finish, processes_naming
+from tests.support.pair import (
+    DaemonPair,
+    DaemonProcess,
+    daemon_pair,
+    eventually,
+    finish,
+    processes_naming,
+    spoil,
+)
 
 ROUND_TRIPS = 10
 AT_ONCE = 4
@@ -254,24 +262,6 @@ def test_a_bad_verdict_keeps_a_waiting_guest_where_it_is(held: DaemonPair) -> No
     assert (arrival.outcome, arrival.exit_code) == ("failed", 5)
     assert "guest paused" in arrival.error
     held.discard(guest.name)
-
-
-def spoil(pid: int) -> None:
-    """Change every page of a guest's RAM that has content, through its descriptor."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(entry).startswith("/memfd:migd-ram"):
-            fd = os.open(entry, os.O_RDWR)
-            try:
-                end = 0
-                while True:
-                    start = os.lseek(fd, end, os.SEEK_DATA)
-                    end = os.lseek(fd, start, os.SEEK_HOLE)
-                    for offset in range(start, end, 4096):
-                        os.pwrite(fd, b"spoilt", offset)
-            except OSError:  # ENXIO: no data behind here
-                return
-            finally:
-                os.close(fd)
 
 
 # -- the roles -------------------------------------------------------------------------------------------

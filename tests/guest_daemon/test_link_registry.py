@@ -88,7 +88,7 @@ async def test_a_guest_hands_its_ram_back_after_a_restart(tmp_path: Path) -> Non
         hosted, guest = await home.attached(fds=[fd])
         assert len(guest.fds) == 1  # the hint socket only
         assert bytes(hosted.ram.blocks[0].view[1, :4]) == b"mine"
-        assert home.returned == []
+        await until(lambda: home.returned == [hosted])  # its verdict may still be due
     os.close(fd)
 
 
@@ -588,6 +588,31 @@ async def test_pausing_with_wrong_blobs(
         await guest.answer(RUNNING)
         await resuming
         assert (hosted.state, hosted.migration) == (GuestState.RUNNING, "")
+
+
+async def test_a_guest_that_resumes_late_can_leave_again(tmp_path: Path) -> None:
+    async with house(tmp_path, guest_s=0.2) as home:
+        hosted, guest = await home.attached()
+        pausing = asyncio.create_task(hosted.pause(MIGRATION))
+        request = await guest.hear()
+        assert request is not None
+        with pytest.raises(GuestError, match="did not answer PAUSE"):
+            await pausing
+        with pytest.raises(GuestError, match="did not answer RESUME"):
+            await hosted.resume()
+        # Both orders are on their way, and it obeys in their order: it will run.
+        assert (hosted.state, hosted.migration) == (GuestState.RUNNING, "")
+
+
+async def test_a_guest_that_refuses_to_resume_stays_paused(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        hosted, guest = await home.attached()
+        hosted.state, hosted.migration = GuestState.PAUSED, MIGRATION
+        resuming = asyncio.create_task(hosted.resume())
+        await guest.answer(control.Failed(reason="it has not started here"))
+        with pytest.raises(GuestError, match="refused RESUME"):
+            await resuming
+        assert (hosted.state, hosted.migration) == (GuestState.PAUSED, MIGRATION)
 
 
 async def test_a_guest_that_dies_while_it_is_asked(tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def test_the_bytes_on_disk_are_one_json_line_a_record(journal: Journal, path: Pa
     journal.append(record())
     journal.append(record(Mark.STARTED, peer="", detail="x"))
     assert path.read_bytes() == (
-        b'{"format":2,"software":"%s","migration":"%s","mark":"go","guest":"vm1","peer":"127.0.0.1:7440",'
+        b'{"format":3,"software":"%s","migration":"%s","mark":"go","guest":"vm1","peer":"127.0.0.1:7440",'
         b'"detail":""}\n'
-        b'{"format":2,"software":"%s","migration":"%s","mark":"started","guest":"vm1","peer":"","detail":"x"}\n'
+        b'{"format":3,"software":"%s","migration":"%s","mark":"started","guest":"vm1","peer":"","detail":"x"}\n'
     ) % (SOFTWARE.encode(), ID.encode(), SOFTWARE.encode(), ID.encode())
 
 
@@ -146,13 +146,21 @@ def test_a_file_that_cannot_be_read_decides_nothing(
 FORMAT_1 = (
     b'{"format":1,"migration":"%s","mark":"go","guest":"vm1","peer":"h:1","detail":"d"}\n' % ID.encode()
 )
+FORMAT_2 = FORMAT_1.replace(b'{"format":1,', b'{"format":2,"software":"migd 0.1",')
 
 
-def test_an_older_format_is_read_and_continued(journal: Journal, path: Path) -> None:
-    path.write_bytes(FORMAT_1)
+@pytest.mark.parametrize(
+    ("line", "number", "software"),
+    [(FORMAT_1, 1, ""), (FORMAT_2, 2, "migd 0.1")],
+    ids=["without software", "with it"],
+)
+def test_an_older_format_is_read_and_continued(
+    journal: Journal, path: Path, line: bytes, number: int, software: str
+) -> None:
+    path.write_bytes(line)
     old = journal.last(ID)
     assert old == Record(
-        format=1, software="", migration=ID, mark=Mark.GO, guest="vm1", peer="h:1", detail="d"
+        format=number, software=software, migration=ID, mark=Mark.GO, guest="vm1", peer="h:1", detail="d"
     )
     journal.append(msgspec.structs.replace(old, mark=Mark.STARTED))
     first, second = journal.records(ID)
@@ -168,9 +176,9 @@ def test_an_older_format_is_read_and_continued(journal: Journal, path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "writer"),
     [
-        (b'{"format":3,"software":"migd 0.9","migration":7,"who":{"runs":"it"}}', "migd 0.9"),
+        (b'{"format":4,"software":"migd 0.9","migration":7,"who":{"runs":"it"}}', "migd 0.9"),
         (b'{"format":4000}', "a later migd"),
-        (b'{"format":3,"software":"migd\\u001b[31m"}', "a later migd"),
+        (b'{"format":4,"software":"migd\\u001b[31m"}', "a later migd"),
     ],
 )
 @pytest.mark.parametrize("before", [b"", FORMAT_1])
@@ -191,7 +199,7 @@ def test_a_newer_format_is_refused_with_who_wrote_it_and_what_to_do(
 
 @pytest.mark.parametrize("number", [b"0", b"-1", b'"2"', b"2.5", b"null"])
 def test_a_format_that_is_no_format(journal: Journal, path: Path, number: bytes) -> None:
-    path.write_bytes(GOOD.replace(b'"format":2', b'"format":' + number) + b"\n")
+    path.write_bytes(GOOD.replace(b'"format":%d' % FORMAT, b'"format":' + number) + b"\n")
     with pytest.raises(CorruptJournal, match="resolve by hand"):
         journal.last(ID)
 
@@ -206,6 +214,21 @@ def test_the_migrations_of_a_journal(journal: Journal, path: Path) -> None:
     for name in ("notes.jsonl", f"{ID}.jsonl~", ID, f"{ID.upper()}.jsonl"):
         (path.parent / name).touch()
     assert journal.migrations() == [ID, OTHER]
+
+
+def test_the_newest_record_about_a_guest(journal: Journal, path: Path) -> None:
+    """Of the file written to last, not of the greatest id; what cannot be read says nothing."""
+    assert journal.newest_of("vm1") is None
+    journal.append(record(Mark.STARTED, migration=OTHER))
+    journal.append(record(Mark.STARTED))
+    journal.append(record(Mark.VERIFIED, migration=OTHER))
+    times = {OTHER: 2_000_000_000, ID: 1_000_000_000}
+    for migration, ns in times.items():
+        os.utime(path.with_name(f"{migration}.jsonl"), ns=(ns, ns))
+    assert journal.newest_of("vm1") == record(Mark.VERIFIED, migration=OTHER)
+    assert journal.newest_of("vm2") is None
+    path.with_name(f"{OTHER}.jsonl").write_bytes(b"garbage\n")
+    assert journal.newest_of("vm1") == record(Mark.STARTED)
 
 
 def test_a_forgotten_migration_is_unknown(journal: Journal) -> None:

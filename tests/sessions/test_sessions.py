@@ -45,7 +45,7 @@ def assert_moved(sides: Joined) -> None:
     assert sides.guest.calls[-1] == "release"
     assert result.checked_pages == len(sides.arrived.knows) > 0
     assert _marks(sides.source_journal) == [Mark.GO, Mark.STARTED, Mark.RELEASED]
-    assert _marks(sides.destination_journal) == [Mark.READY, Mark.STARTED]
+    assert _marks(sides.destination_journal) == [Mark.READY, Mark.STARTED, Mark.VERIFIED]
 
 
 def assert_stayed(sides: Joined, error: str, *, reached: SourceState, state: SourceState = S.FAILED) -> None:
@@ -324,6 +324,28 @@ async def test_the_guest_is_released_before_it_has_checked_itself(
         assert result.wrong_pages == 0
 
 
+async def test_a_daemon_that_ends_does_not_wait_for_the_check_of_a_guest_that_has_left(
+    tmp_path: Path,
+) -> None:
+    """SIGTERM came while a guest elsewhere looked through its memory: that is only a figure."""
+    guest = ScriptedGuest()
+    async with joined(guest, tmp_path) as sides:
+
+        def linger() -> None:
+            sides.arrived.check_takes_s = 3600.0
+
+        sides.at_destination.at[D.RUNNING] = linger
+        moving = asyncio.ensure_future(sides.migrate())
+        await sides.until(lambda: "release" in guest.calls, "the guest to be let go of")
+        assert sides.session is not None
+        sides.session.leave()
+        await sides.until(lambda: sides.session is not None and sides.session.ended, "the end")
+        result = sides.session.result
+        assert (result.outcome, result.checked_pages) == ("completed", None)
+        moving.cancel()
+        await asyncio.wait({moving})
+
+
 # -- writes that nobody saw ---------------------------------------------------------------------------
 
 
@@ -350,7 +372,8 @@ async def test_an_untracked_write_is_found_after_the_start(tmp_path: Path) -> No
         result = await sides.migrate(SourceOptions(verify=Verify.LATE))
         assert result.states == [*MOVED[:-1], S.FAILED]
         assert (result.exit_code, result.verification) == (5, "late: 1 pages differ")
-        assert "decide with both before you resume either" in result.error
+        assert "the destination has paused its guest" in result.error
+        assert "`migd resolve scripted --force-source`" in result.error
         assert sides.arrival.path == [*ARRIVED[:-1], D.FAILED]
         assert sides.arrived.calls == ["load", "start", "pause"]
         assert not guest.running

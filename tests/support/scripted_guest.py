@@ -170,6 +170,11 @@ class ScriptedGuest:
         self._gone.set()
 
     @property
+    def mapping(self) -> mmap.mmap:
+        """Its RAM, through the mapping that it arms."""
+        return self._mapping
+
+    @property
     def free_pages(self) -> PageBitmap:
         return PageBitmap.full(PAGES) - PageBitmap.of(PAGES, self.knows)
 
@@ -243,6 +248,7 @@ class ArrivedGuest:
         self.calls: list[str] = []
         self.judgements = 0
         self.pause_takes_s = 0.0
+        self.check_takes_s = 0.0
         self._gone = asyncio.Event()
 
     async def attached(self) -> None:
@@ -267,10 +273,16 @@ class ArrivedGuest:
         self.calls.append("pause")
         return PauseReport(b"", None)
 
+    async def resume(self) -> None:
+        if self._gone.is_set():
+            raise GuestError("the guest is gone")
+        self.calls.append("resume")
+
     def judged(self) -> None:
         self.judgements += 1
 
     async def self_check(self) -> SelfCheck:
+        await asyncio.sleep(self.check_takes_s)
         wrong = [page for page, digest in self.knows.items() if frame_digest(self.page(page)).hex() != digest]
         return SelfCheck(len(self.knows), len(wrong), wrong[0] if wrong else -1)
 
@@ -288,7 +300,7 @@ class ArrivedGuest:
 
     @property
     def running(self) -> bool:
-        return bool(self.calls) and self.calls[-1] == "start"
+        return bool(self.calls) and self.calls[-1] in ("start", "resume")
 
 
 class Host:
@@ -360,6 +372,8 @@ class Joined:
         )
         self.reception = Reception(services, self._converse, self._revive, self._about)
         self.listener = Listener("127.0.0.1:0", self.reception.serve, limits)
+        self.address = self.listener.address
+        """Where the source connects to; whoever listens in puts itself between."""
 
     def _converse(self, link: object, migration: str) -> Dialogue:
         return Dialogue(link, migration, self.clock, self.limits)  # type: ignore[arg-type]
@@ -381,7 +395,7 @@ class Joined:
     async def migrate(self, options: SourceOptions | None = None, migration: str = MIGRATION) -> Result:
         """Run both sides to their ends."""
         self.bandwidth = SharedBandwidth(0, self.clock).open()
-        connector = TcpConnector(self.listener.address, self.clock, self.limits, bandwidth=self.bandwidth)
+        connector = TcpConnector(self.address, self.clock, self.limits, bandwidth=self.bandwidth)
         self.peer = DestinationPeer(connector, migration, self.clock, self.limits)
         services = SourceServices(
             self.clock,

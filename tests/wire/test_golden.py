@@ -18,7 +18,7 @@ from migd.wire import messages
 from migd.wire.codec import decompress
 from migd.wire.framing import Frame, FrameDecoder, FrameEncoder
 from migd.wire.messages import BlockInfo, Message
-from migd.wire.protocol import HEADER, MAGIC, Codec, FrameType
+from migd.wire.protocol import HEADER, MAGIC, Codec, FrameType, Keeper
 from tests.wire.feeding import Feed
 
 ID = "00112233445566778899aabbccddeeff"
@@ -293,6 +293,14 @@ GOLDEN: list[tuple[str, Encode, str]] = [
         "3333343435353636373738383939616162626363646465656666",
     ),
     (
+        "RESOLVE",
+        say(messages.Resolve(migration=ID, keeper=Keeper.SOURCE, detail="forced by the operator")),
+        "4d494744 02 28 00 00 0000000000000000 00000000 00000000 59000000 00000000 "
+        "dbb538cc92d583fca4902f8916b2c65d"
+        "83a66b6565706572a6736f75726365a664657461696cb6666f7263656420627920746865206f70657261746f72a96d69"
+        "67726174696f6ed9203030313132323333343435353636373738383939616162626363646465656666",
+    ),
+    (
         "GO, third of its connection",
         third(say(messages.Go(migration=ID))),
         "4d494744 02 23 00 00 0200000000000000 00000000 00000000 2d000000 00000000 "
@@ -385,7 +393,7 @@ def test_every_frame_type_has_golden_bytes() -> None:
         ("ABORT", 8), ("PREPARED", 9), ("PROBE", 10), ("ABOUT", 11),
         ("PAGES", 16), ("ZERO", 17), ("FREE", 18), ("BARRIER", 19),
         ("END", 20), ("STATE", 32), ("FINISH", 33), ("READY", 34), ("GO", 35), ("STARTED", 36),
-        ("ABORTED", 37), ("VERDICT", 38), ("CHECKED", 39),
+        ("ABORTED", 37), ("VERDICT", 38), ("CHECKED", 39), ("RESOLVE", 40),
     ]  # fmt: skip
     assert [(codec.name, int(codec)) for codec in Codec] == [("NONE", 0), ("LZ4", 1)]
 

@@ -12,7 +12,7 @@ from migd.ram.block import MAX_RAM_PAGES, BlockShape
 from migd.wire import handshake, messages
 from migd.wire.framing import Frame, FrameEncoder
 from migd.wire.messages import BlockInfo, Hello
-from migd.wire.protocol import SOFTWARE, Codec, FrameType
+from migd.wire.protocol import SOFTWARE, Codec, FrameType, Keeper
 from tests.wire.feeding import Feed
 
 ID = "0123456789abcdef" * 2
@@ -108,6 +108,7 @@ BARE: dict[FrameType, messages.Message] = {
     FrameType.ABORTED: messages.Aborted(migration=ID, reason="no"),
     FrameType.VERDICT: messages.Verdict(migration=ID, ok=True, detail=""),
     FrameType.CHECKED: messages.Checked(migration=ID, pages=0, wrong=0, first_wrong=-1),
+    FrameType.RESOLVE: messages.Resolve(migration=ID, keeper=Keeper.SOURCE, detail=""),
 }
 
 
@@ -156,7 +157,7 @@ def test_a_probe_is_answered_with_what_it_asked_for() -> None:
         realtime_ns=17,
         free_bytes=4096,
         max_streams=3,
-        features=("lz4",),
+        features=("lz4", "resolve"),
     )
 
 
