@@ -54,6 +54,8 @@ class RamMapping:
                 )
         try:
             self.memory = self._map(fds)
+            # A child would write past the dirty log: it would inherit the mapping, but not that it is armed.
+            self.memory.madvise(mmap.MADV_DONTFORK)
         except (OSError, OverflowError) as error:
             names = ", ".join(repr(block.name) for block in blocks)
             raise GuestError(f"RAM block {names} cannot be mapped: {error}") from error

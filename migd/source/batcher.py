@@ -13,7 +13,6 @@ from migd.ram.block import PAGE_BYTES
 from migd.ram.digest import joined_digests
 from migd.ram.layout import RamLayout
 from migd.ram.zero import zero_pages
-from migd.source.sent_image import SentDigests
 from migd.wire.codec import SAMPLE_BYTES, CodecChoice, compress
 from migd.wire.protocol import Codec
 
@@ -29,6 +28,8 @@ class Batch:
     """Of the pages that are not zero."""
     count: int
     zero: PageIndices
+    copies: NDArray[np.uint8]
+    """Of those that are not: shape (count, 4096), valid as long as the buffer."""
     digests: bytes
     codec: Codec
     payload: memoryview
@@ -37,9 +38,8 @@ class Batch:
 class Batcher:
     """Builds batches of one stream."""
 
-    def __init__(self, ram: RamLayout, sent: SentDigests, choice: CodecChoice, clock: Clock) -> None:
+    def __init__(self, ram: RamLayout, choice: CodecChoice, clock: Clock) -> None:
         self._ram = ram
-        self._sent = sent
         self._choice = choice
         self._clock = clock
 
@@ -53,11 +53,8 @@ class Batcher:
         zero, data = indices[:0], indices
         if is_zero.any():
             zero, data, pages = indices[is_zero], indices[~is_zero], pages[~is_zero]
-        runs = runs_of(data)
-        digests = joined_digests(pages)
-        self._sent.put(runs, pages, digests)
         codec, payload = self._pack(pages)
-        return Batch(runs, len(data), zero, digests, codec, payload)
+        return Batch(runs_of(data), len(data), zero, pages, joined_digests(pages), codec, payload)
 
     def _pack(self, pages: NDArray[np.uint8]) -> tuple[Codec, memoryview]:
         raw = pages.data.cast("B") if len(pages) else memoryview(b"")

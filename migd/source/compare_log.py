@@ -7,6 +7,7 @@ nothing but the guest's own bitmap at the pause decides (W24): until then, skipp
 
 from __future__ import annotations
 
+from migd.ledger.ledger import Ledger
 from migd.migration.ports import Clock
 from migd.ram.bitmap import PageBitmap
 from migd.source.sent_image import SentImage
@@ -18,22 +19,35 @@ class CompareLog:
     name = "compare"
     sees_writes = False
 
-    def __init__(self, image: SentImage, clock: Clock) -> None:
+    def __init__(self, image: SentImage, ledger: Ledger[PageBitmap], clock: Clock) -> None:
         """``image`` has keyed digests: no guest may be able to make one page look like another (R18)."""
         self._image = image
+        self._ledger = ledger
         self._clock = clock
         self.cost_s = 0.0
+        self._alike = PageBitmap(ledger.pages)
+        self._held = PageBitmap(ledger.pages)
 
     async def harvest(self) -> PageBitmap:
         """Every page that differs from what was last sent: about 1 s of a processor for each GiB sent.
 
         There is no mark that could be cleared too late: a page stays dirty until it is sent again, from a
-        private copy whose digest is what the next harvest compares with (R3, R8, W25).
+        private copy whose digest is what the next harvest compares with (R3, R8, W25). Pages to send, or
+        skipped as free, have been sent nothing that could still be right: they are not looked at.
         """
         began = self._clock.now()
-        differing = await self._image.differing()
+        ledger = self._ledger
+        looked_at = ledger.sent | ledger.zero | ledger.hole
+        differing = await self._image.differing(looked_at)
+        self._alike, self._held = looked_at - differing, self._image.digests.held()
         self.cost_s = self._clock.now() - began
         return differing
+
+    @property
+    def alike(self) -> PageBitmap:
+        """Pages that the last harvest found to be as the destination has them, and still has."""
+        held = self._image.digests.held()
+        return self._alike - (self._held - held) - (held - self._held)
 
     def close(self) -> None:
         pass

@@ -204,6 +204,7 @@ class Phases:
 
     def _settle(self, free: PageBitmap | None) -> None:
         """R14; GuestError if the bitmap is missing that the compare log was promised (R19)."""
+        self.tracking.paused(free)
         if free is not None:
             self._ledger.settle(free, trim=self._options.hints)
         elif self._ledger.skipped and not self.tracking.sees_writes:
@@ -217,6 +218,7 @@ class Phases:
         await self._send_rest()
         finish = await self._peer.send_state(self.device_state)
         await self._send_late()
+        await self._verify_compared()
         self._result.downtime.send_s = self._attempt.clock.now() - self._paused_s
         self._decide_verification()
         if self._verification_cost_s > self._attempt.limits.go_s / 4:
@@ -250,13 +252,7 @@ class Phases:
         return compared_pages * PAGE_BYTES * _STRICT_S_PER_BYTE
 
     def _decide_verification(self) -> None:
-        """AUTO is strict while that fits what is left of the downtime limit; a paused guest has none.
-
-        The final harvest of the compare log *was* the strict verification: all that differed was sent.
-        """
-        if not self.tracking.sees_writes:
-            self.verified_strictly = True
-            self._result.verification = "strict: ok (compare log)"
+        """AUTO is strict while that fits what is left of the downtime limit; a paused guest has none."""
         verify = self._options.verify
         spent_s = self._attempt.clock.now() - self._pause_began_s
         limit_s = self._attempt.policy.downtime_limit_s
@@ -268,14 +264,27 @@ class Phases:
         if not self._strict or self.verified_strictly:
             return
         began = self._attempt.clock.now()
-        untracked = (await self.tracking.untracked()).count()
+        untracked = await self.tracking.untracked()
         self._result.downtime.verify_s = self._attempt.clock.now() - began
+        self._verified("strict: ok", untracked.count())
+
+    async def _verify_compared(self) -> None:
+        """With the compare log, the rest of a strict verification, whatever was asked for.
+
+        Its final harvest was the most of it, and what differed has been sent. That, and what it did not look
+        at, is compared now: it costs 1 s for each GiB sent in the pause.
+        """
+        if not self.tracking.sees_writes:
+            self._verified("strict: ok (compare log)", (await self.tracking.untracked()).count())
+
+    def _verified(self, verdict: str, untracked: int) -> None:
+        """VerificationError, and not the verdict, if there is an untracked page."""
         if untracked:
             self._result.verification = f"strict: {untracked} pages differ"
             raise VerificationError(
                 f"{untracked} pages changed untracked: nothing was started, the attempt is void"
             )
-        self._result.verification = "strict: ok"
+        self._result.verification = verdict
         self.verified_strictly = True
 
     async def _await_ready(self) -> None:

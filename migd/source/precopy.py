@@ -46,7 +46,8 @@ class Precopy:
         self._room = room
         self._choice = choice
         self._batch_pages = batch_pages
-        self._batchers = [Batcher(ram, digests, choice, clock) for _ in links]
+        self._digests = digests
+        self._batchers = [Batcher(ram, choice, clock) for _ in links]
         self.page_bytes = 0
         self.payload_bytes = 0
         self._recent = RecentRate()
@@ -92,7 +93,9 @@ class Precopy:
     async def _send_free_records(self) -> None:
         """FREE for what earlier iterations sent; before any other record of this one (R9, R11)."""
         while pages := self._ledger.pick_free(self._free_pages()):
-            await self._links[0].send_runs(FrameType.FREE, list(pages.runs()))
+            runs = list(pages.runs())
+            await self._links[0].send_runs(FrameType.FREE, runs)
+            self._digests.clear(runs)
             self._ledger.freed(pages)
 
     def _free_pages(self) -> int:
@@ -103,7 +106,8 @@ class Precopy:
         """One stream: pick, read, send, until nothing is left to pick."""
         ledger = self._ledger
         while pages := ledger.pick(self._shipment_pages()):
-            shipment = Shipment(pages.indices(), ledger.zero_records(pages), self._batch_pages, self._clock)
+            exposed = ledger.zero_records(pages)
+            shipment = Shipment(pages.indices(), exposed, self._batch_pages, self._clock, self._digests)
             while not shipment.done:
                 await self._send(shipment, link, batcher)
             zero = PageBitmap.of(ledger.pages, shipment.zero)

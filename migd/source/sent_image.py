@@ -1,8 +1,11 @@
-"""SentImage: what was last sent of each page, and which pages of this RAM are no longer that.
+"""SentImage: what the destination's RAM holds, by digest, and which pages of this RAM are not that.
 
 Two questions have this one answer. The tracking verification asks it of a paused guest: whatever differs was
 written and not logged. The compare log asks it instead of a kernel (R19). Both must ask about the bytes that
 were *sent*, so digests are taken from the private copy that goes on the wire, never from RAM (W25).
+
+The ledger is not asked. It says what shall be sent, this is what was: kept where records enter their stream,
+so that a mistake of the ledger's, or of whoever packs and sends, shows up as a difference here.
 """
 
 from __future__ import annotations
@@ -15,13 +18,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from migd.ledger.ledger import Ledger
 from migd.migration.ports import Worker
 from migd.ram.bitmap import PageBitmap, PageIndices, Run
 from migd.ram.block import PAGE_BYTES
 from migd.ram.digest import DIGEST_BYTES, keyed_page_digests, page_digests
 from migd.ram.layout import RamLayout
-from migd.ram.zero import zero_pages
 from migd.tasks import together
 
 Pages: TypeAlias = NDArray[np.uint8]
@@ -36,9 +37,16 @@ _SLICE_PAGES = 1 << 12
 _BATCH_PAGES = 512
 """2 MiB are read and digested at a time: they stay in the processor's cache."""
 
+_TABLE_ROWS = 1 << 20
+"""16 MiB of digests are looked through at a time."""
+
 
 class SentDigests:
-    """The digest of each page as last sent: 16 bytes a page.
+    """What the destination reads at each page once its streams have drained: 16 bytes a page.
+
+    The digest of the last content that was sent; a row of zeros, if the last record was ZERO or FREE or there
+    was none: then it reads zero, since its RAM was fresh (R11). That content has a digest of zeros is as
+    likely as that two pages have the same.
 
     Without a ``key`` it is the digest on the wire, which finds accidents and costs nothing here. With one it
     is keyed: no guest can choose a page that looks like another (R18).
@@ -50,7 +58,7 @@ class SentDigests:
         self._key = key
 
     def put(self, runs: list[Run], copies: Pages, wire_digests: bytes) -> None:
-        """Remember the copies of pages that are sent, shape (n, 4096), with their digests, 16 bytes each."""
+        """Remember the copies of pages that were sent, shape (n, 4096), with their digests, 16 bytes each."""
         if self._key:
             digests = keyed_page_digests(copies, self._key)
         else:
@@ -59,6 +67,21 @@ class SentDigests:
         for start, stop in runs:
             self._table[start:stop] = digests[row : row + stop - start]
             row += stop - start
+
+    def clear(self, runs: list[Run]) -> None:
+        """ZERO or FREE was sent for these pages."""
+        for start, stop in runs:
+            self._table[start:stop] = 0
+
+    def held(self) -> PageBitmap:
+        """The pages that the destination holds content of: 1 ms a GiB of RAM."""
+        halves = self._table.view(np.uint64)
+        found = PageBitmap(len(halves))
+        for low in range(0, len(halves), _TABLE_ROWS):
+            part = halves[low : low + _TABLE_ROWS]
+            bits = np.packbits((part[:, 0] | part[:, 1]) != 0, bitorder="little")
+            found |= PageBitmap.from_bytes(bits.tobytes(), len(halves), low)
+        return found
 
     def differ(self, indices: PageIndices, pages: Pages) -> NDArray[np.bool_]:
         """Which of these pages are not as last sent, shape (n,)."""
@@ -70,44 +93,33 @@ class SentDigests:
 class SentImage:
     """The destination's RAM as it was sent, by digest; compared in a worker, ``lanes`` slices at a time."""
 
-    def __init__(
-        self, ram: RamLayout, ledger: Ledger[PageBitmap], worker: Worker, *, lanes: int, key: bytes = b""
-    ) -> None:
+    def __init__(self, ram: RamLayout, worker: Worker, *, lanes: int, key: bytes = b"") -> None:
         self._ram = ram
-        self._ledger = ledger
         self._worker = worker
         self._lanes = lanes
         self.digests = SentDigests(ram.pages, key)
 
-    async def differing(self) -> PageBitmap:
-        """Pages of this RAM that differ from what was last sent of them; only behind a barrier.
+    async def differing(self, pages: PageBitmap) -> PageBitmap:
+        """Those of ``pages`` that this RAM and the destination's do not hold alike; only behind a barrier.
 
-        What was sent is compared by digest; what never was, zero pages and holes, must still be zero. Pages
-        to send, or skipped as free, have been sent nothing that could still be right: they are not looked at.
+        What the destination holds is compared by digest; where it reads zero, this RAM must. Pages of it
+        that were never touched do: reading them would allocate.
         """
-        slices = self._slices(await self._unsent())
+        held = await self._worker.run(self.digests.held)
+        touched = await self._worker.run(self._ram.touched, pages - held)
+        slices = self._slices(pages & held, touched)
         found = await together(*(self._lane(slices) for _ in range(self._lanes)))
         return functools.reduce(operator.ior, found)
 
     async def _lane(self, slices: Iterator[_Slice]) -> PageBitmap:
         """Whatever slices the other lanes leave over."""
-        found = PageBitmap(self._ledger.pages)
+        found = PageBitmap(self._ram.pages)
         for compare, indices in slices:
             found |= await self._worker.run(self._differing_of, compare, indices)
         return found
 
-    async def _unsent(self) -> PageBitmap:
-        """Zero pages, and holes that are none any more: reading those allocates nothing."""
-        hole = self._ledger.hole.copy()
-        if not hole:
-            return self._ledger.zero
-        return self._ledger.zero | await self._worker.run(self._ram.touched, hole)
-
-    def _slices(self, unsent: PageBitmap) -> Iterator[_Slice]:
-        parts: tuple[tuple[_Compare, PageBitmap], ...] = (
-            (self.digests.differ, self._ledger.sent),
-            (_not_zero, unsent),
-        )
+    def _slices(self, held: PageBitmap, blank: PageBitmap) -> Iterator[_Slice]:
+        parts: tuple[tuple[_Compare, PageBitmap], ...] = ((self.digests.differ, held), (_not_zero, blank))
         for compare, pages in parts:
             start = 0
             while part := pages.lowest(_SLICE_PAGES, start):
@@ -121,8 +133,10 @@ class SentImage:
         for low in range(0, len(indices), _BATCH_PAGES):
             batch = indices[low : low + _BATCH_PAGES]
             differs[low : low + len(batch)] = compare(batch, self._ram.read(batch, scratch))
-        return PageBitmap.of(self._ledger.pages, indices[differs])
+        return PageBitmap.of(self._ram.pages, indices[differs])
 
 
 def _not_zero(_indices: PageIndices, pages: Pages) -> NDArray[np.bool_]:
-    return ~zero_pages(pages)
+    """Not by ``migd.ram.zero``, which decided that the pages were zero: a fault of it would not show."""
+    nonzero: NDArray[np.bool_] = pages.view(np.uint64).max(axis=1) != 0
+    return nonzero

@@ -8,6 +8,7 @@ from migd.migration.ports import Clock, Link
 from migd.ram.bitmap import PageBitmap, PageIndices
 from migd.ram.block import PAGE_BYTES
 from migd.source.batcher import Batcher
+from migd.source.sent_image import SentDigests
 from migd.wire.protocol import FrameType
 
 SHIPMENT_BATCHES = 4
@@ -17,12 +18,23 @@ SHIPMENT_BATCHES = 4
 class Shipment:
     """What one stream picked at a time. ``send`` runs in a worker, as often as it takes."""
 
-    def __init__(self, pages: PageIndices, exposed: PageBitmap, batch_pages: int, clock: Clock) -> None:
-        """``exposed``: those of the pages that need a ZERO record if they are zero (R10)."""
+    def __init__(
+        self,
+        pages: PageIndices,
+        exposed: PageBitmap,
+        batch_pages: int,
+        clock: Clock,
+        sent: SentDigests,
+    ) -> None:
+        """``exposed``: those of the pages that need a ZERO record if they are zero (R10).
+
+        ``sent`` learns of each record behind the call that puts it into the stream, and of nothing else.
+        """
         self._pages = pages
         self._exposed = exposed if exposed else None
         self._batch_pages = batch_pages
         self._clock = clock
+        self._sent = sent
         self._next = 0
         self._zero: list[PageIndices] = []
         self.page_bytes = 0
@@ -57,6 +69,7 @@ class Shipment:
                 began = self._clock.now()
                 link.send_pages_now(batch.runs, batch.digests, batch.codec, batch.payload)
                 self.sending_s += self._clock.now() - began
+                self._sent.put(batch.runs, batch.copies, batch.digests)
                 self.page_bytes += batch.count * PAGE_BYTES
                 self.payload_bytes += len(batch.payload)
 
@@ -64,4 +77,6 @@ class Shipment:
         if self._exposed is not None:
             records = PageBitmap.of(self._exposed.pages, zero) & self._exposed
             if records:
-                link.send_runs_now(FrameType.ZERO, list(records.runs()))
+                runs = list(records.runs())
+                link.send_runs_now(FrameType.ZERO, runs)
+                self._sent.clear(runs)

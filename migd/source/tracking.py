@@ -35,6 +35,7 @@ class Tracking:
         self._attempt = attempt
         self._ledger = attempt.ledger
         self._log: DirtyLog | None = None
+        self._free: PageBitmap | None = None
         self._image: SentImage | None = None
 
     async def arm(self) -> None:
@@ -56,12 +57,12 @@ class Tracking:
 
     def _compare_log(self) -> CompareLog:
         self._image = self._new_image(self._attempt.entropy.token(KEY_BYTES))
-        return CompareLog(self._image, self._attempt.clock)
+        return CompareLog(self._image, self._ledger, self._attempt.clock)
 
     def _new_image(self, key: bytes = b"") -> SentImage:
         attempt = self._attempt
         lanes = attempt.options.streams
-        return SentImage(attempt.guest.ram, attempt.ledger, attempt.worker, lanes=lanes, key=key)
+        return SentImage(attempt.guest.ram, attempt.worker, lanes=lanes, key=key)
 
     @property
     def image(self) -> SentImage:
@@ -90,13 +91,26 @@ class Tracking:
         assert self._log is not None
         return self._ledger.harvest(await self._log.harvest())
 
+    def paused(self, free: PageBitmap | None) -> None:
+        """What the guest said at its pause: free pages, if it can tell (R14)."""
+        self._free = free
+
     async def untracked(self) -> PageBitmap:
-        """Pages of the paused guest that differ from what was last sent: writes that nobody saw."""
-        return await self.image.differing()
+        """Pages of the paused guest that the destination does not have as they are: a write was missed.
+
+        Or a bug left them behind, so it is not the ledger that says which pages count. Only what it skipped
+        *and* the guest itself calls free may differ, and of that nothing may lie at the destination (R11).
+        A guest that cannot tell was believed in its hints, and is here.
+        """
+        skipped = self._ledger.skipped if self._free is None else self._ledger.skipped & self._free
+        pages = PageBitmap.full(self._ledger.pages) - skipped
+        if isinstance(self._log, CompareLog):
+            pages -= self._log.alike  # its final harvest, of the paused guest, has compared them
+        return await self.image.differing(pages) | self.image.digests.held() & skipped
 
     def forget(self) -> None:
         """Let go of 16 bytes for each page sent."""
-        self._image = None
+        self._image = self._free = None
 
     def close(self) -> bool:
         """Log no more; True if there was a log."""

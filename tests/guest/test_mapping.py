@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_it_is_one_stretch_and_every_block_lies_in_it(mapping: RamMapping) -> No
     assert [length for _, length in places] == [pages * PAGE_BYTES for pages in SIZES]
     for (address, length), (following, _) in pairwise(places):
         assert address + length == following
+
+
+def test_a_forked_child_does_not_inherit_it(mapping: RamMapping) -> None:
+    """The kernel logs no write of a child to the same pages (W13)."""
+    places = [f"{address:x}-" for address, _ in mapping.places()]
+    assert all(place in Path("/proc/self/maps").read_text() for place in places)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it does nothing that a thread could hold up
+        pid = os.fork()
+    if not pid:
+        maps = Path("/proc/self/maps").read_text()
+        os._exit(any(place in maps for place in places))
+    assert os.waitpid(pid, 0) == (pid, 0)
 
 
 def test_a_write_across_two_borders_is_one_slice(mapping: RamMapping) -> None:

@@ -220,13 +220,14 @@ class BelievesTheLog(Ledger[PageBitmap]):
         return super().settle(free_at_pause | self.skipped, trim=trim)
 
 
-@pytest.mark.parametrize(
-    ("ledger", "wrong_pages", "reclaimed"), [(Ledger, 0, 1), (BelievesTheLog, 1, 0)], ids=["right", "naive"]
-)
+@pytest.mark.parametrize("ledger", [Ledger, BelievesTheLog], ids=["right", "naive"])
 async def test_w24_a_page_that_was_hinted_and_rewritten_with_the_same_bytes(
-    tmp_path: Path, ledger: type[Ledger[PageBitmap]], wrong_pages: int, reclaimed: int
+    tmp_path: Path, ledger: type[Ledger[PageBitmap]]
 ) -> None:
-    """As a page cache does that reads a file again: nothing has changed, and zeros are at the destination."""
+    """As a page cache does that reads a file again: nothing has changed, and zeros are at the destination.
+
+    What a naive ledger leaves behind then, the guest's bitmap says to the verification.
+    """
     guest = ScriptedGuest()
     guest.write(400)
     content = guest.content(400)
@@ -236,9 +237,13 @@ async def test_w24_a_page_that_was_hinted_and_rewritten_with_the_same_bytes(
         sides.ledger = ledger(PAGES, PageBitmap)
         take_turns(sides, {1: lambda: guest.store(400, content)})
         result = await sides.migrate(COMPARE)
-        assert (result.outcome, result.verification) == ("completed", COMPARED)
-        assert (result.wrong_pages, result.reclaimed_pages) == (wrong_pages, reclaimed)
-        assert result.rescued_pages == 0
+        if ledger is Ledger:
+            assert_moved(sides)
+            assert result.reclaimed_pages == 1
+        else:
+            assert (result.exit_code, result.verification) == (5, "strict: 1 pages differ")
+            assert result.states[-3:] == [S.SWITCHOVER, S.ABORTING, S.FAILED]
+            assert guest.running
 
 
 async def test_pages_that_were_sent_and_freed_and_taken_back(
