@@ -18,6 +18,19 @@ from migd.errors import LedgerError
 from migd.ledger.ledger import Balance, Ledger
 from migd.ram.bitmap import PageBitmap
 from migd.ram.contract import FreeContract
+from tests.ledger.mutants import (
+    AppliesLateHints,
+    ForgetsFreeRecordsOfALiar,
+    FreesAheadOfTheBarrier,
+    KeepsTheEpochOverARetry,
+    NeverSendsZeroRecords,
+    OwesNoFreeRecords,
+    PicksAPageTwiceInAnIteration,
+    RetriesWithWhatWasSent,
+    ReusesEpochs,
+    SkipsWhatIsBeingRead,
+    TakesAnOldLookForHoles,
+)
 from tests.support.int_pages import IntPages
 from tests.support.world import BARRIER, CompareWorld, World
 
@@ -48,14 +61,6 @@ def send_all(ledger: Ledger[Pages]) -> None:
 # -- the race, told against the real ledger and naive ones ----------------------------------------------
 
 
-class NoDirtyCheck(Ledger[Pages]):
-    """W02, W03: a hint is applied whatever was written since it was asked for."""
-
-    def hint(self, epoch: int, free: Pages) -> int:
-        self._dirty_since_issue = PageBitmap(self.pages)
-        return super().hint(epoch, free)
-
-
 class FinalHarvestDoesNotCount(Ledger[Pages]):
     """W03: as if the last harvest were none of R4's business."""
 
@@ -66,102 +71,12 @@ class FinalHarvestDoesNotCount(Ledger[Pages]):
         return count
 
 
-class EpochsReused(Ledger[Pages]):
-    """W04."""
-
-    def arm(self, contract: FreeContract, *, sees_writes: bool = True) -> None:
-        super().arm(contract, sees_writes=sees_writes)
-        self._next_epoch = 1
-
-
-class OldEpochsStayOpen(Ledger[Pages]):
-    """W21."""
-
-    def _begin(self) -> None:
-        epoch = getattr(self, "open_epoch", None)
-        super()._begin()
-        self.open_epoch = epoch
-
-
-class FreeNotQueuedForPagesInFlight(Ledger[Pages]):
-    """W22: whoever reads the page will finish it; its bit is cleared, so it counts as skipped."""
-
-    def _apply_free(self, free: Pages) -> int:
-        flying = free & self.in_flight
-        self.in_flight -= flying
-        self.skipped |= flying
-        return super()._apply_free(free - flying)
-
-    def sent_pages(self, data: Pages) -> None:
-        super().sent_pages(data & self.in_flight)
-
-
-class FreeNotQueuedForSentPages(Ledger[Pages]):
-    """W14."""
-
-    def _apply_free(self, free: Pages) -> int:
-        applied = super()._apply_free(free)
-        self.free_pending = PageBitmap(self.pages)
-        return applied
-
-
-class FreeAheadOfTheBarrier(Ledger[Pages]):
-    """W12."""
-
-    def pick_free(self, limit: int) -> Pages:
-        picked, self._picked, self._free_cursor = self._picked, PageBitmap(self.pages), 0
-        freeing = super().pick_free(limit)
-        self._picked |= picked
-        return freeing
-
-
-class ZeroPagesSkipped(Ledger[Pages]):
-    """W09."""
-
-    def zero_records(self, zero: Pages) -> Pages:
-        return PageBitmap(self.pages)
-
-
-class RetryTrustsTheFirstAttempt(Ledger[Pages]):
-    """W20."""
-
-    def _begin(self) -> None:
-        sent = getattr(self, "sent", PageBitmap(self.pages)).copy()
-        super()._begin()
-        self.sent |= sent
-        self.to_send -= sent
-
-
-class TwicePerIteration(Ledger[Pages]):
-    """W10: what was sent may be harvested and picked again before the barrier, by any stream."""
-
-    def harvest(self, dirty: Pages) -> int:
-        self._picked = PageBitmap(self.pages)
-        return super().harvest(dirty)
-
-
 class RescuesNothing(Ledger[Pages]):
     """R14 left out."""
 
     def settle(self, free_at_pause: Pages, *, trim: bool) -> int:
         self.close_epoch()
         return 0
-
-
-class DistrustsTooLate(Ledger[Pages]):
-    """R7: a FREE record that is on its way when the hints lose their credit stays the last word."""
-
-    def distrust_hints(self) -> None:
-        super().distrust_hints()
-        self._doubted = PageBitmap(self.pages)
-
-
-class HolesFromAnOldLook(Ledger[Pages]):
-    """R20: what was harvested between the look and its use is forgotten."""
-
-    def mark_holes(self, holes: Pages) -> None:
-        self._dirty_since_arming = PageBitmap(self.pages)
-        super().mark_holes(holes)
 
 
 def page_reused_between_its_hint_and_the_daemon(world: World) -> set[int]:
@@ -328,19 +243,23 @@ def page_written_between_the_look_for_holes_and_its_use(world: World) -> set[int
 
 Race = Callable[[World], set[int]]
 RACES: list[tuple[Race, type[Ledger[Pages]], FreeContract]] = [
-    (page_reused_between_its_hint_and_the_daemon, NoDirtyCheck, ANYTHING),
-    (page_reused_between_its_hint_and_the_daemon, NoDirtyCheck, ZERO),
+    (page_reused_between_its_hint_and_the_daemon, AppliesLateHints, ANYTHING),
+    (page_reused_between_its_hint_and_the_daemon, AppliesLateHints, ZERO),
     (page_reused_and_the_hint_comes_after_the_final_harvest, FinalHarvestDoesNotCount, ANYTHING),
-    (page_reused_and_an_old_answer_meets_the_second_attempt, EpochsReused, ANYTHING),
-    (page_reused_and_an_old_answer_meets_a_second_attempt_that_asked_nothing, OldEpochsStayOpen, ANYTHING),
-    (page_freed_while_a_sender_reads_it, FreeNotQueuedForPagesInFlight, ANYTHING),
-    (page_sent_then_freed_by_a_guest_that_counts_on_zeros, FreeNotQueuedForSentPages, ZERO),
-    (free_record_overtakes_the_content, FreeAheadOfTheBarrier, ANYTHING),
-    (page_zeroed_after_it_was_sent, ZeroPagesSkipped, ANYTHING),
-    (page_written_between_two_attempts, RetryTrustsTheFirstAttempt, ANYTHING),
+    (page_reused_and_an_old_answer_meets_the_second_attempt, ReusesEpochs, ANYTHING),
+    (
+        page_reused_and_an_old_answer_meets_a_second_attempt_that_asked_nothing,
+        KeepsTheEpochOverARetry,
+        ANYTHING,
+    ),
+    (page_freed_while_a_sender_reads_it, SkipsWhatIsBeingRead, ANYTHING),
+    (page_sent_then_freed_by_a_guest_that_counts_on_zeros, OwesNoFreeRecords, ZERO),
+    (free_record_overtakes_the_content, FreesAheadOfTheBarrier, ANYTHING),
+    (page_zeroed_after_it_was_sent, NeverSendsZeroRecords, ANYTHING),
+    (page_written_between_two_attempts, RetriesWithWhatWasSent, ANYTHING),
     (page_hinted_by_mistake, RescuesNothing, ANYTHING),
-    (hints_distrusted_while_a_free_record_is_on_its_way, DistrustsTooLate, ANYTHING),
-    (page_written_between_the_look_for_holes_and_its_use, HolesFromAnOldLook, ANYTHING),
+    (hints_distrusted_while_a_free_record_is_on_its_way, ForgetsFreeRecordsOfALiar, ANYTHING),
+    (page_written_between_the_look_for_holes_and_its_use, TakesAnOldLookForHoles, ANYTHING),
 ]
 
 
@@ -362,12 +281,12 @@ def test_a_guest_that_reuses_a_page_between_its_hint_and_the_daemon_loses_nothin
     assert page_reused_between_its_hint_and_the_daemon(world) == set()
     assert world.destination[1] == world.source[1]
     assert (world.ledger.tally.hints_late, world.ledger.tally.hints_applied) == (1, 0)
-    naive = World(NoDirtyCheck, free={1})
+    naive = World(AppliesLateHints, free={1})
     assert page_reused_between_its_hint_and_the_daemon(naive) == {1}
 
 
 def test_r14_the_guests_bitmap_at_pause_rescues_the_page_even_from_a_naive_ledger_and_says_so() -> None:
-    naive = World(NoDirtyCheck, free={1})
+    naive = World(AppliesLateHints, free={1})
     naive.arm()
     naive.request()
     answer = naive.answer()
@@ -387,7 +306,7 @@ def test_a_page_reused_after_its_hint_was_applied_is_sent_because_the_log_has_it
 def test_r9_two_copies_of_a_page_are_never_under_way_at_once() -> None:
     with pytest.raises(LedgerError, match="R9"):
         page_sent_twice_in_an_iteration(World())
-    assert page_sent_twice_in_an_iteration(World(TwicePerIteration)) == {0}
+    assert page_sent_twice_in_an_iteration(World(PicksAPageTwiceInAnIteration)) == {0}
 
 
 # -- the rules, one by one ------------------------------------------------------------------------------
@@ -939,7 +858,8 @@ def test_the_random_histories_were_about_something() -> None:
 @pytest.mark.parametrize(
     "naive",
     [
-        NoDirtyCheck, OldEpochsStayOpen, FreeAheadOfTheBarrier, ZeroPagesSkipped, RetryTrustsTheFirstAttempt,
+        AppliesLateHints, KeepsTheEpochOverARetry, FreesAheadOfTheBarrier, NeverSendsZeroRecords,
+        RetriesWithWhatWasSent,
     ],
 )  # fmt: skip
 def test_random_histories_find_a_naive_ledger_out(naive: type[Ledger[Pages]]) -> None:

@@ -12,15 +12,15 @@ invariant holds for such a page in a weaker sense: somebody will ask.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from tests.support.ledger_model import HARVESTED, ZERO, Model, State, replaced
+from tests.support.ledger_model import Model
+from tests.support.page_model import HARVESTED, ZERO, Page, Standing
 
 A, B = 2, 4
 
 
 class CompareModel(Model):
-    """``state.memory`` and ``state.digests`` instead of ``kernel`` and ``nonzero``."""
+    """The dirty log is a digest of each page."""
 
     sees_writes = False
     contents = (("A to ", A), ("B to ", B))
@@ -28,65 +28,45 @@ class CompareModel(Model):
 
     # -- what a mutant replaces -------------------------------------------------------------------------
 
-    def at_arming(self, state: State) -> tuple[int, ...]:
-        """Digests before anything was sent."""
-        return (0,) * self.pages
+    def at_look(self, page: Page) -> int:
+        """The digest after a comparison."""
+        return page.digest
 
-    def at_look(self, state: State) -> tuple[int, ...]:
-        """Digests after a comparison."""
-        return state.digests
+    def at_record(self, page: Page, copy: int) -> int:
+        """A zero page is looked at as a zero page, and its digest is not."""
+        return page.digest if copy == ZERO else copy
 
-    def at_record(self, state: State, p: int, copy: int) -> int:
-        """The digest of page p after ``copy``, which was read of it, was sent."""
-        return copy
+    def compared(self, standing: Standing) -> bool:
+        """Whether the page's digest is compared; a zero page or a hole must be zero besides."""
+        return bool(standing.ledger.sent)
 
-    def compared(self, state: State) -> int:
-        """Pages whose digest is compared; zero pages and holes must be zero besides."""
-        return self.view(state.ledger).sent.bits
+    def differing(self, page: Page, standing: Standing) -> bool:
+        """Whether a look at all of RAM would find the page now."""
+        clear = standing.ledger.zero or standing.ledger.hole
+        changed = self.compared(standing) and page.content != page.digest
+        return changed or (bool(clear) and page.content != ZERO)
 
     # -- the log ------------------------------------------------------------------------------------------
 
-    def initial(self) -> Iterator[State]:
-        for state in super().initial():
-            memory = tuple(A if state.nonzero >> p & 1 else ZERO for p in range(self.pages))
-            yield state._replace(memory=memory, digests=(0,) * self.pages, nonzero=0)
+    def initial_pages(self, touched: bool) -> Iterator[Page]:
+        for page in super().initial_pages(touched):
+            yield page._replace(content=ZERO if page.content == ZERO else A)
 
-    def _arm(self, state: State) -> State | None:
-        armed = super()._arm(state)
-        return None if armed is None else armed._replace(digests=self.at_arming(state))
+    def log(self, page: Page) -> Page:
+        return page
 
-    def _write(self, state: State, p: int, value: int) -> State:
-        return state._replace(memory=replaced(state.memory, p, value or ZERO), touched=state.touched | 1 << p)
+    def aged(self, page: Page) -> Page:
+        return page
 
-    def content(self, state: State, p: int) -> int:
-        return state.memory[p]
+    def look(self, page: Page, standing: Standing) -> Page:
+        return page._replace(found=self.differing(page, standing), digest=self.at_look(page))
 
-    def differing(self, state: State) -> int:
-        """What a look at all of RAM would find now."""
-        ledger, compared = self.view(state.ledger), self.compared(state)
-        clear = ledger.zero.bits | ledger.hole.bits
-        differs = 0
-        for p in range(self.pages):
-            page, content = 1 << p, state.memory[p]
-            if (compared & page and content != state.digests[p]) or (clear & page and content != ZERO):
-                differs |= page
-        return differs
-
-    def look(self, state: State) -> tuple[int, State]:
-        return self.differing(state), state._replace(digests=self.at_look(state))
-
-    def record(self, state: State, p: int, value: int) -> State:
-        if value == ZERO:  # it is looked at as a zero page, and its digest is not
-            return state
-        return state._replace(digests=replaced(state.digests, p, self.at_record(state, p, value)))
-
-    def remembered(self, state: State) -> int:
+    def remembered(self, page: Page, standing: Standing) -> bool:
         """To send; differing, or still on its way, while one more look is to come; skipped or about to be,
         while the bitmap is to come."""
-        ledger: Any = self.view(state.ledger)
-        pages: int = ledger.to_send.bits | max(0, state.found - 1)
-        if state.phase < HARVESTED:
-            pages |= self.differing(state) | ledger.in_flight.bits
-        if not ledger._settled:
-            pages |= ledger.skipped.bits | ledger._freeing.bits
-        return pages
+        ledger = standing.ledger
+        if ledger.to_send or page.found:
+            return True
+        if standing.phase < HARVESTED and (self.differing(page, standing) or ledger.in_flight):
+            return True
+        return not ledger._settled and bool(ledger.skipped or ledger._freeing)

@@ -1,81 +1,121 @@
-"""An explicit-state model of one migration around the *real* ledger, and a breadth-first search over it.
+"""A model of one migration around the *real* ledger, for tests/support/search.py to walk through.
 
 Everything that may happen next is an action; the search takes all of them in all orders. The world around
 the ledger is as hostile as docs/safety.md allows: hints arrive late, repeatedly or never, the guest answers
 any request at any time, writes while a page is read, an attempt is cancelled at any moment and repeated.
-
-Three abstractions keep it finite, and lose nothing:
-
-- What a page holds is ZERO, CURRENT (what the guest's page holds now) or OLD (anything else). A write makes
-  every CURRENT copy OLD, so the number of writes is unbounded.
-- The destination never reads before END. So it is not stepped: per page the model keeps, for each stream,
-  the last record since the barrier, and the set of values the page may hold from before. Streams race, so
-  a page with records in two of them may end up with either. Streams are interchangeable, hence sorted.
-- A hint, once in the channel, stays there: it can be delivered now, later, twice, or never.
-
 Both halves of a harvest, the look and what the ledger makes of it, are steps of their own if a search asks
 for it (``awaits``): the session does nothing in between, while guest and hints go on.
+
+A state is a session and its pages (tests/support/page_model.py), which move together: a step of one page
+happens if the session, that is to say the ledger, takes part. What either makes of a step is worked out once
+for each of them and remembered, since there are few sessions and few pages, and many states. So a state is a
+number: an index of a session, and for each page an index of it.
+
+What is left out, and why nothing is lost by it:
+
+- One page at a time is picked, hinted and reported, where production has hundreds in one call. A call of the
+  ledger for several pages is the calls for each of them (tests/ledger/test_ledger_projection.py): for two
+  pages in every ledger that the search meets, for up to 64 in random histories. For the same reason what is
+  right for one page is right for any number: looked at through one page, their histories are its own.
+- Production reports a page as sent when its whole shipment is in the stream, and asks which zero pages need
+  a record when it picks them. Meanwhile only hints can come, and find a page in flight either way.
+- Production sends its FREE records before any other of an iteration, and looks for holes once. The model may
+  at any time: it has these orders, and more.
+
+What is not covered: the bytes of a page and of a frame, several blocks of RAM, pages beyond the bounds of a
+search, more epochs and attempts than it allows, and whether anything ever ends.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
-from migd.errors import LedgerError
-from migd.ledger.ledger import Ledger, Tally
+from migd.ledger.ledger import Ledger
 from migd.ram.contract import FreeContract
 from tests.support.int_pages import IntPages
+from tests.support.ledger_values import Frozen, LedgerValues
+from tests.support.page_model import (
+    ENDED,
+    FREEING,
+    HARVESTED,
+    IDLE,
+    NOTHING,
+    PAUSED,
+    PICKED,
+    RUNNING,
+    ZERO,
+    Page,
+    PageModel,
+    Standing,
+)
 
-ZERO, OLD, CURRENT = 1, 2, 4
-"""Values of a page; also bits of a set of values."""
-NOTHING, PICKED, FREEING = 0, 8, 16
-"""States of a reader besides the value it has read."""
+PAGE_BITS = 20
+"""Of a state, for the index of each page."""
+_PAGE = (1 << PAGE_BITS) - 1
 
-IDLE, RUNNING, PAUSED, HARVESTED, ENDED = range(5)
+Label: TypeAlias = tuple[Any, ...]
+"""Of a step that a session and one page take together: its kind, the page's number, and what else."""
+GUEST, HINT, PICK, READ, RECORD = "guest", "hint", "pick", "read", "record"
 
 
-class State(NamedTuple):
-    """Sets of pages are ints, bit p is page p."""
+class Session(NamedTuple):
+    """All that is not of one page."""
 
     phase: int
-    kernel: int  # the dirty log
-    allocated: int
-    nonzero: int  # pages of the guest that hold something
-    unread: int  # bit e: the request of epoch e lies in the guest's socket
-    hints: int  # bit e * pages + p: hint (e, p) is in the channel
-    old_list: int  # for the guest that answers from a list taken before the request (W23)
-    scanned: int  # touched pages + 1 of a hole scan that waits to be applied, else 0
-    touched: int
-    readers: tuple[int, ...]  # of each page
-    streams: tuple[tuple[int, int], ...]  # of each page: last record since the barrier in either stream
-    before: tuple[int, ...]  # of each page: set of values at the destination up to the barrier
     cancels: int
-    distrusted: bool
-    ledger: tuple[Any, ...]
-    found: int = 0  # pages + 1 that a harvest has found and not yet told the ledger of, else 0
-    memory: tuple[int, ...] = ()  # what each page holds, where a log compares (tests.support.compare_model)
-    digests: tuple[int, ...] = ()  # of each page, what that log takes for the bytes last sent
+    """How many are left."""
+    ledger: Frozen
+    unread: int = 0
+    """Bit e: the request of epoch e lies in the guest's socket."""
+    looked: bool = False
+    """Holes were looked for and not marked yet."""
+    found: bool = False
+    """Dirty pages were looked for and not harvested yet."""
+    distrusted: bool = False
 
 
-Step = tuple[str, State]
-Outcome = tuple[tuple[Any, ...], Any]
-"""A ledger after a call, and the result of the call."""
+class Joint(NamedTuple):
+    """A step that all pages take together with the session."""
+
+    name: str
+    page: Callable[[Page, Standing], Page]
+    named: Callable[[Page, Standing], bool]
+    """Whether the session is told of the page."""
+    session: Callable[[Session, int], Session | None]
+    """What it makes of it; None: it refuses."""
 
 
-class Model:
+class _Site:
+    """What was worked out of one session, in differences of a state's number."""
+
+    __slots__ = ("alone", "answers", "aspects", "joints", "session")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.answers: dict[Label, tuple[int, int] | None] = {}
+        """Its part in a step with one page, and the outcome; None if it refuses."""
+        self.alone: list[tuple[str, int]] = []
+        self.joints: list[_JointHere] | None = None
+        self.aspects: list[int] = []
+        """Index of each page's Standing."""
+
+
+class _JointHere(NamedTuple):
+    """A step of all pages as this session takes it."""
+
+    joint: Joint
+    pages: dict[int, tuple[int, bool]]
+    """By index of a Standing and of a page: the page after the step, and whether the session is told."""
+    sessions: list[int | None]
+    """By the set of pages it is told of: what becomes of the session; None if it refuses."""
+
+
+class Model(LedgerValues, PageModel):
     """The world; a test-only subclass breaks one thing in it."""
-
-    contract = FreeContract.ANYTHING
-    liar = False
-    """The guest hints what it likes; a state counts only after the hints were distrusted (R7)."""
-    sees_writes = True
-    contents: tuple[tuple[str, int], ...] = (("", 1),)
-    """What the guest may write besides zeros: in the name of the step, and for ``_write``."""
-    names: tuple[tuple[int, str], ...] = ((ZERO, "zeros"), (OLD, "an old copy"), (CURRENT, "a copy"))
-    """Of what a record may carry."""
 
     def __init__(
         self,
@@ -89,422 +129,328 @@ class Model:
         holes: bool = False,
         awaits: bool = False,
     ) -> None:
-        self.ledger_class, self.pages, self.epochs, self.cancels = ledger, pages, epochs, cancels
-        self.contract, self.liar, self.holes, self.awaits = contract, liar, holes, awaits
-        self.all = (1 << pages) - 1
-        self._table = [IntPages(pages, bits) for bits in range(1 << pages)]
-        first = ledger(pages, IntPages)
-        self._sets = [name for name, value in vars(first).items() if isinstance(value, IntPages)]
-        fixed = {"pages", "_sets", "tally"}
-        self._scalars = [name for name in vars(first) if name not in {*self._sets, *fixed}]
-        self._calls: dict[Any, Outcome | None] = {}
-        self._views: dict[Any, Ledger[IntPages]] = {}
-        self._fixed = {"pages": pages, "_sets": IntPages, "tally": Tally()}
+        super().__init__(ledger, pages)
+        self.epochs, self.cancels, self.contract = epochs, cancels, contract
+        self.liar, self.holes, self.awaits = liar, holes, awaits
+        self._above = PAGE_BITS * pages
+        self._sites: list[_Site] = []
+        self._site_of: dict[Session, int] = {}
+        self._pages: list[Page] = []
+        self._page_of: dict[Page, int] = {}
+        self._offers: list[list[tuple[Any, ...] | None]] = [[] for _ in range(pages)]
+        self._aspects: list[Standing] = []
+        self._aspect_of: dict[tuple[Any, ...], int] = {}
+        self._joint_pages: defaultdict[str, dict[int, tuple[int, bool]]] = defaultdict(dict)
+        self._verdicts: list[dict[int, str | None]] = [{} for _ in range(pages)]
 
-    # -- the ledger as a value ------------------------------------------------------------------------
+    def _with(self, session: Session, method: str, *arguments: Any, **changes: Any) -> Session | None:
+        """The session after a call of its ledger; None if the ledger refuses."""
+        outcome = self.call(session.ledger, method, *arguments)
+        return None if outcome is None else session._replace(ledger=outcome[0], **changes)
 
-    def thaw(self, frozen: tuple[Any, ...]) -> Ledger[IntPages]:
-        ledger = object.__new__(self.ledger_class)
-        attributes, table, pages, every = vars(ledger), self._table, self.pages, self.all
-        attributes.update(self._fixed)
-        packed = frozen[0]
-        for name in self._sets:
-            attributes[name] = table[packed & every]
-            packed >>= pages
-        attributes.update(zip(self._scalars, frozen[1:], strict=True))
-        return ledger
-
-    def freeze(self, ledger: Ledger[IntPages]) -> tuple[Any, ...]:
-        attributes, packed = vars(ledger), 0
-        for name in reversed(self._sets):
-            packed = packed << self.pages | attributes[name].bits
-        return (packed, *[attributes[name] for name in self._scalars])
-
-    def call(self, frozen: tuple[Any, ...], method: str, *arguments: Any, **options: Any) -> Outcome | None:
-        """The ledger after a call and what the call returned; None if it refused.
-
-        A ledger is a value here, so what a call does to it is computed once: few ledgers, many worlds.
-        """
-        key = (frozen, method, arguments)
-        if key not in self._calls:
-            ledger = self.thaw(frozen)
-            try:
-                result = getattr(ledger, method)(*arguments, **options)
-            except LedgerError:
-                self._calls[key] = None
-            else:
-                self._calls[key] = (self.freeze(ledger), result)
-        return self._calls[key]
-
-    def view(self, frozen: tuple[Any, ...]) -> Ledger[IntPages]:
-        """The ledger to look at, never to call."""
-        if frozen not in self._views:
-            self._views[frozen] = self.thaw(frozen)
-        return self._views[frozen]
-
-    # -- what a mutant of the world replaces ------------------------------------------------------------
-
-    def log(self, kernel: int, page: int) -> int:
-        return kernel | page
-
-    def after_hint(self, kernel: int, page: int) -> int:
-        return kernel
-
-    def after_record(self, kernel: int, page: int) -> int:
-        return kernel
+    # -- what a mutant replaces -----------------------------------------------------------------------
 
     def guest_runs(self, phase: int) -> bool:
         return phase < PAUSED
 
-    def fresh(self) -> int:
-        return ZERO
+    def harvested(self, session: Session, dirty: int) -> Session | None:
+        """The second half of a harvest: the ledger is told."""
+        phase = HARVESTED if session.phase == PAUSED else session.phase
+        return self._with(session, "harvest", dirty, found=False, phase=phase)
 
-    def answer(self, state: State) -> int:
-        return self.all if self.liar else self.all & ~state.allocated
+    def settled(self, session: Session, free: int) -> Session | None:
+        """The guest's bitmap at the pause."""
+        return self._with(session, "settle", free)
 
-    def drained(self, before: int, streams: tuple[int, int]) -> int:
-        return streams[0] | streams[1] or before
+    # -- steps of the session alone -----------------------------------------------------------------------
 
-    # -- what depends on the kind of log -----------------------------------------------------------------
+    def _alone(self, session: Session) -> Iterator[tuple[str, Session | None]]:
+        phase, busy = session.phase, session.found
+        if phase == RUNNING and not busy:
+            yield "pause", session._replace(phase=PAUSED)
+        if phase == HARVESTED and not busy:
+            yield "END", self._with(session, "finish", phase=ENDED)
+        asked = session.ledger[self._epoch_at] > self.epochs
+        if not asked and not session.distrusted and phase != ENDED and not busy:
+            outcome = self.call(session.ledger, "issue")
+            if outcome is not None:
+                ledger, epoch = outcome
+                asking = session._replace(unread=session.unread | 1 << epoch, ledger=ledger)
+                yield f"request epoch {epoch}", asking
+        if self.liar and phase not in (IDLE, ENDED) and not session.distrusted and not busy:
+            yield "distrust the hints", self._with(session, "distrust_hints", distrusted=True)
 
-    def content(self, state: State, p: int) -> int:
-        """What page p holds, and so what the destination must hold in the end."""
-        return CURRENT if state.nonzero >> p & 1 else ZERO
+    # -- steps of a session and one page ------------------------------------------------------------------
 
-    def look(self, state: State) -> tuple[int, State]:
-        """The first half of a harvest: what it finds, and the state after it (R3: in one step)."""
-        return state.kernel, state._replace(kernel=0)
-
-    def told(self, state: State) -> State:
-        """The second half is over."""
-        return state._replace(found=0)
-
-    def record(self, state: State, p: int, value: int) -> State:
-        """A record with this content of page p was put into a stream."""
-        return state._replace(kernel=self.after_record(state.kernel, 1 << p))
-
-    def remembered(self, state: State) -> int:
-        """Pages that somebody will still send, whatever the destination holds."""
-        return state.kernel | max(0, state.found - 1) | self.view(state.ledger).to_send.bits
-
-    # -- the search --------------------------------------------------------------------------------------
-
-    def initial(self) -> Iterator[State]:
-        untouched = self.all if self.holes else 0
-        for allocated in range(1 << self.pages):
-            zero_when_free = self.contract is FreeContract.ZERO
-            nonzero = (allocated if zero_when_free else self.all) & ~untouched
-            yield State(
-                IDLE, 0, allocated, nonzero, 0, 0, 0, 0, self.all & ~untouched,
-                (NOTHING,) * self.pages, ((0, 0),) * self.pages, (self.fresh(),) * self.pages,
-                self.cancels, False, self.freeze(self.ledger_class(self.pages, IntPages)),
-            )  # fmt: skip
-
-    def steps(self, state: State) -> Iterator[Step]:
-        """Every action that is possible, with the state after it."""
-        if self.guest_runs(state.phase):
-            yield from self._guest(state)
-        for name, after in (*self._session(state), *self._hints(state), *self._senders(state)):
-            if after is not None:
-                yield name, after
-
-    def _guest(self, state: State) -> Iterator[Step]:
-        for p in range(self.pages):
-            page = 1 << p
-            if state.allocated & page:
-                for name, value in self.contents:
-                    yield f"guest writes {name}{p}", self._write(state, p, value)
-                yield f"guest writes zeros to {p}", self._write(state, p, 0)
-                freed = state._replace(allocated=state.allocated & ~page)
-                if self.contract is FreeContract.ZERO:
-                    freed = self._write(freed, p, 0)
-                yield f"guest frees {p}", freed
-            else:
-                taken = state._replace(allocated=state.allocated | page)
-                for name, value in self.contents:
-                    yield f"guest allocates and writes {name}{p}", self._write(taken, p, value)
-                if self.contract is FreeContract.ZERO:
-                    yield f"guest allocates {p} and counts on zeros", taken
+    def _offer(self, page: Page, p: int) -> Iterator[tuple[Label, tuple[list[tuple[str, Page]], ...]]]:
+        """Steps that page ``p`` is ready for, and what becomes of it by the outcome on the session's side."""
+        yield (GUEST,), tuple(list(self.guest_moves(page, p, logs)) for logs in (False, True))
         for epoch in range(1, self.epochs + 1):
-            if state.unread >> epoch & 1:
-                yield (
-                    f"guest answers epoch {epoch}",
-                    state._replace(
-                        unread=state.unread & ~(1 << epoch),
-                        hints=state.hints | self.answer(state) << epoch * self.pages,
-                    ),
-                )
+            if page.hints >> epoch & 1:
+                name = f"hint {p} of epoch {epoch} arrives"
+                yield (HINT, p, epoch), tuple([(name, self.after_hint(page, hit))] for hit in (False, True))
+        if page.reader == NOTHING:
+            for method, reader in (("pick", PICKED), ("pick_free", FREEING)):
+                yield (PICK, p, method), ([(f"{method} {p}", page._replace(reader=reader))],)
+        elif page.reader == PICKED:
+            yield (READ,), ([(f"read {p}", page._replace(reader=page.content))],)
+        else:
+            records = tuple(list(self.recorded(page, p, needed)) for needed in (False, True))
+            yield (RECORD, p, page.reader), records
 
-    def _write(self, state: State, p: int, nonzero: int) -> State:
-        page = 1 << p
-        readers, streams, before = list(state.readers), list(state.streams), list(state.before)
-        if readers[p] == CURRENT:
-            readers[p] = OLD
-        low, high = (OLD if value == CURRENT else value for value in streams[p])
-        streams[p] = (low, high) if low <= high else (high, low)
-        if before[p] & CURRENT:
-            before[p] = before[p] & ~CURRENT | OLD
-        return state._replace(
-            kernel=self.log(state.kernel, page) if state.phase != IDLE else 0,
-            nonzero=state.nonzero | page if nonzero else state.nonzero & ~page,
-            touched=state.touched | page,
-            readers=tuple(readers),
-            streams=tuple(streams),
-            before=tuple(before),
-        )
+    def _answer(self, session: Session, label: Label) -> tuple[Session, int] | None:
+        """The session's part in such a step and its outcome; None if it has no part in it."""
+        kind, phase = label[0], session.phase
+        if kind == GUEST:
+            return (session, phase != IDLE) if self.guest_runs(phase) else None
+        if phase == ENDED:
+            return None
+        if kind == HINT:
+            return self._result(session, self.call(session.ledger, "hint", label[2], 1 << label[1]))
+        if phase == IDLE or session.found:
+            return None
+        if kind == PICK:
+            outcome = self.call(session.ledger, label[2], 1)
+            picked = outcome is not None and outcome[1] == 1 << label[1]
+            return (session._replace(ledger=outcome[0]), 0) if outcome is not None and picked else None
+        if kind == READ:
+            return session, 0
+        return self._report(session, 1 << label[1], label[2])
 
-    def _with(self, state: State, method: str, *arguments: Any, **changes: Any) -> State | None:
-        """The state after a call of the ledger; None if the ledger refuses."""
-        outcome = self.call(state.ledger, method, *arguments)
-        return None if outcome is None else state._replace(ledger=outcome[0], **changes)
+    def _report(self, session: Session, page: int, reader: int) -> tuple[Session, int] | None:
+        """What a reader holds goes into a stream; the outcome says whether it needs a record."""
+        if reader == ZERO:
+            asked = self.call(session.ledger, "zero_records", page)
+            needed = asked is not None and bool(asked[1])
+            after = self._with(session, "zeroed", page)
+            return None if after is None else (after, needed)
+        after = self._with(session, "freed" if reader == FREEING else "sent_pages", page)
+        return None if after is None else (after, True)
 
-    def _session(self, state: State) -> Iterator[tuple[str, State | None]]:
-        phase = state.phase
-        nobody = (NOTHING,) * self.pages
+    @staticmethod
+    def _result(session: Session, outcome: tuple[Frozen, Any] | None) -> tuple[Session, int] | None:
+        return None if outcome is None else (session._replace(ledger=outcome[0]), outcome[1])
+
+    # -- steps of a session and all pages -------------------------------------------------------------------
+
+    def _together(self, session: Session) -> Iterator[str]:
+        """The names of those that it may take; see ``_joints``."""
+        phase = session.phase
+        if self.guest_runs(phase):
+            for epoch in range(1, self.epochs + 1):
+                if session.unread >> epoch & 1:
+                    yield f"guest answers epoch {epoch}"
         if phase == IDLE:
-            yield "arm", self._arm(state)
+            yield "arm"
             return
-        if state.cancels:
-            yield (
-                "cancel",
-                self._with(
-                    state,
-                    "cancel",
-                    phase=IDLE,
-                    kernel=0,
-                    scanned=0,
-                    readers=nobody,
-                    streams=((0, 0),) * self.pages,
-                    before=(self.fresh(),) * self.pages,
-                    cancels=state.cancels - 1,
-                    distrusted=False,
-                    found=0,
-                ),
-            )
+        if session.cancels:
+            yield "cancel"
         if phase == ENDED:
             return
-        if state.found:
-            yield "harvest", self._harvest(state)
+        if session.found:
+            yield "harvest what was found"
             return
-        if phase == RUNNING:
-            yield "pause", state._replace(phase=PAUSED)
-            if self.holes:
-                yield "look for holes", state._replace(scanned=state.touched + 1)
-        if state.scanned:
-            yield (
-                "mark holes",
-                self._with(state, "mark_holes", self._table[self.all & ~(state.scanned - 1)], scanned=0),
-            )
+        if phase == RUNNING and self.holes:
+            yield "look for holes"
+        if session.looked:
+            yield "mark holes"
         if not self.awaits:
-            yield "harvest", self._harvest(self._look(state))
-        elif not self.view(state.ledger)._picked:
-            yield "look for dirty pages", self._look(state)
-        yield (
-            "barrier",
-            self._with(
-                state,
-                "barrier",
-                streams=((0, 0),) * self.pages,
-                before=tuple(map(self.drained, state.before, state.streams)),
-            ),
-        )
+            yield "harvest"
+        elif not self.thaw(session.ledger)._picked:
+            yield "look for dirty pages"
+        yield "barrier"
         if phase == HARVESTED:
-            yield "settle", self._settle(state)
-            yield "END", self._with(state, "finish", phase=ENDED)
+            yield "settle"
 
-    def _arm(self, state: State) -> State | None:
-        outcome = self.call(state.ledger, "arm", self.contract, sees_writes=self.sees_writes)
-        if outcome is None:
-            return None
-        free = self.all & ~state.allocated
-        return state._replace(ledger=outcome[0], phase=RUNNING, kernel=0, old_list=free)
-
-    def _look(self, state: State) -> State:
-        found, after = self.look(state)
-        return after._replace(found=found + 1)
-
-    def _harvest(self, state: State) -> State | None:
-        after = self._with(state, "harvest", self._table[state.found - 1])
-        if after is None:
-            return None
-        return self.told(after)._replace(phase=HARVESTED if state.phase == PAUSED else state.phase)
-
-    def _settle(self, state: State) -> State | None:
-        free = self._table[self.all & ~state.allocated]
-        outcome = self.call(state.ledger, "settle", free, trim=not self.liar)
-        return None if outcome is None else state._replace(ledger=outcome[0])
-
-    def _hints(self, state: State) -> Iterator[tuple[str, State | None]]:
-        asked = self.view(state.ledger)._next_epoch > self.epochs
-        if not asked and not state.distrusted and state.phase != ENDED and not state.found:
-            outcome = self.call(state.ledger, "issue")
-            if outcome is not None:
-                after, epoch = outcome
-                unread = state.unread | 1 << epoch
-                yield f"request epoch {epoch}", state._replace(unread=unread, ledger=after)
-        if state.phase == ENDED:
-            return
+    @cached_property
+    def _joints(self) -> dict[str, Joint]:
+        """Every step that all pages take together."""
+        steps = [
+            Joint("arm", lambda page, _: self.armed(page), _nobody, self._arm),
+            Joint("cancel", lambda page, _: self.voided(page), _nobody, self._cancel),
+            Joint("barrier", lambda page, _: self.behind_barrier(page), _nobody, self._barrier),
+            Joint("settle", _same, lambda page, _: not page.allocated, self.settled),
+            Joint("look for holes", _looked_for_holes, _nobody, lambda s, _: s._replace(looked=True)),
+            Joint("mark holes", _marked, lambda page, _: page.hole, self._mark_holes),
+            Joint("look for dirty pages", self.look, _nobody, lambda s, _: s._replace(found=True)),
+            Joint("harvest what was found", self._tell, lambda page, _: page.found, self.harvested),
+            Joint("harvest", self._look_and_tell, self._looked, self.harvested),
+        ]
         for epoch in range(1, self.epochs + 1):
-            for p in range(self.pages):
-                if state.hints >> (epoch * self.pages + p) & 1:
-                    kernel = self.after_hint(state.kernel, 1 << p)
-                    after = self._with(state, "hint", epoch, self._table[1 << p], kernel=kernel)
-                    yield f"hint {p} of epoch {epoch} arrives", after
-        if self.liar and state.phase != IDLE and not state.distrusted and not state.found:
-            yield "distrust the hints", self._with(state, "distrust_hints", distrusted=True)
+            name = f"guest answers epoch {epoch}"
+            steps.append(Joint(name, self._answered_by(epoch), _nobody, self._reads(epoch)))
+        return {step.name: step for step in steps}
 
-    def _senders(self, state: State) -> Iterator[tuple[str, State | None]]:
-        if state.phase in (IDLE, ENDED) or state.found:
-            return
-        for method, reader in (("pick", PICKED), ("pick_free", FREEING)):
-            outcome = self.call(state.ledger, method, 1)
-            if outcome is not None and outcome[1]:
-                p = outcome[1].stop() - 1
-                if state.readers[p] == NOTHING:
-                    readers = replaced(state.readers, p, reader)
-                    yield f"{method} {p}", state._replace(ledger=outcome[0], readers=readers)
-        for p, reader in enumerate(state.readers):
-            if reader == PICKED:
-                readers = replaced(state.readers, p, self.content(state, p))
-                yield f"read {p}", state._replace(readers=readers)
-            elif reader != NOTHING:
-                yield from self._push(state, p, reader)
+    def _tell(self, page: Page, _: Standing) -> Page:
+        return self.told(page)
 
-    def _push(self, state: State, p: int, reader: int) -> Iterator[tuple[str, State | None]]:
-        """The record of a read page goes to the end of either stream."""
-        page, record = self._table[1 << p], True
-        if reader == FREEING:
-            outcome = self.call(state.ledger, "freed", page)
-        elif reader == ZERO:
-            asked = self.call(state.ledger, "zero_records", page)
-            record = asked is not None and bool(asked[1])
-            outcome = self.call(state.ledger, "zeroed", page)
-        else:
-            outcome = self.call(state.ledger, "sent_pages", page)
-        if outcome is None:
-            return
-        value = ZERO if reader == FREEING else reader
-        after = self.record(state._replace(ledger=outcome[0]), p, value)
-        after = after._replace(readers=replaced(state.readers, p, NOTHING))
-        if not record:
-            yield f"no record for zero page {p}", after
-            return
-        name = dict(self.names)[value]
-        last = state.streams[p]
-        for stream in (0, 1) if last[0] != last[1] else (0,):
-            other = last[1 - stream]
-            pair = (value, other) if value <= other else (other, value)
-            which = "another stream than the last" if other else "a stream"
-            yield (
-                f"record: {name} of {p} on {which}",
-                after._replace(streams=replaced(after.streams, p, pair)),
+    def _look_and_tell(self, page: Page, standing: Standing) -> Page:
+        return self.told(self.look(page, standing))
+
+    def _looked(self, page: Page, standing: Standing) -> bool:
+        return self.look(page, standing).found
+
+    def _answered_by(self, epoch: int) -> Callable[[Page, Standing], Page]:
+        return lambda page, _: self.answered(page, epoch)
+
+    def _reads(self, epoch: int) -> Callable[[Session, int], Session]:
+        return lambda session, _: session._replace(unread=session.unread & ~(1 << epoch))
+
+    def _arm(self, session: Session, _: int) -> Session | None:
+        return self._with(session, "arm", self.contract, phase=RUNNING)
+
+    def _cancel(self, session: Session, _: int) -> Session | None:
+        void = {"phase": IDLE, "looked": False, "found": False, "distrusted": False}
+        return self._with(session, "cancel", cancels=session.cancels - 1, **void)
+
+    def _barrier(self, session: Session, _: int) -> Session | None:
+        return self._with(session, "barrier")
+
+    def _mark_holes(self, session: Session, holes: int) -> Session | None:
+        return self._with(session, "mark_holes", holes, looked=False)
+
+    # -- states as numbers ----------------------------------------------------------------------------------
+
+    def initial(self) -> Iterator[int]:
+        idle = Session(IDLE, self.cancels, self.freeze(self.ledger_class(self.pages, IntPages)))
+        for pages in product(*[list(self.initial_pages(not self.holes))] * self.pages):
+            yield self._number(idle, pages)
+
+    def _number(self, session: Session, pages: tuple[Page, ...]) -> int:
+        state = self._site(session)
+        for page in reversed(pages):
+            state = state << PAGE_BITS | self._index(page)
+        return state
+
+    def _index(self, page: Page) -> int:
+        if page not in self._page_of:
+            self._page_of[page] = len(self._pages)
+            self._pages.append(page)
+            for offers in self._offers:
+                offers.append(None)
+        return self._page_of[page]
+
+    def _site(self, session: Session) -> int:
+        if session not in self._site_of:
+            self._site_of[session] = len(self._sites)
+            site = _Site(session)
+            self._sites.append(site)
+            site.aspects = [self._aspect(session, p) for p in range(self.pages)]
+        return self._site_of[session]
+
+    def _aspect(self, session: Session, p: int) -> int:
+        trusted = session.distrusted or not self.liar
+        ledger = self.thaw(session.ledger, p)
+        sets = tuple(bool(vars(ledger)[name]) for name in self._sets)
+        key = (session.phase, trusted, ledger._settled, sets)
+        if key not in self._aspect_of:
+            self._aspect_of[key] = len(self._aspects)
+            self._aspects.append(Standing(session.phase, trusted, ledger))
+        return self._aspect_of[key]
+
+    # -- the search ---------------------------------------------------------------------------------------
+
+    def steps(self, state: int) -> list[tuple[str, int]]:
+        """Every action that is possible, with the state after it."""
+        at = state >> self._above
+        site = self._sites[at]
+        joints = site.joints if site.joints is not None else self._prepare(site, at)
+        moves = [(name, state + change) for name, change in site.alone]
+        answers, rest = site.answers, state
+        for p, offers in enumerate(self._offers):
+            offered = offers[rest & _PAGE]
+            if offered is None:
+                offered = self._prepare_page(rest & _PAGE, p)
+            rest >>= PAGE_BITS
+            for label, outcomes in offered:
+                try:
+                    answer = answers[label]
+                except KeyError:
+                    answer = self._prepare_answer(site, at, label)
+                if answer is not None:
+                    here = state + answer[0]
+                    moves += [(name, here + change) for name, change in outcomes[answer[1]]]
+        for joint, known, sessions in joints:
+            pages, told, shift = 0, 0, 0
+            for p, aspect in enumerate(site.aspects):
+                key = aspect << PAGE_BITS | state >> shift & _PAGE
+                try:
+                    page = known[key]
+                except KeyError:
+                    page = known[key] = self._prepare_joint(joint, key)
+                pages |= page[0] << shift
+                told |= page[1] << p
+                shift += PAGE_BITS
+            session = sessions[told]
+            if session is not None:
+                moves.append((joint.name, session | pages))
+        return moves
+
+    def _prepare(self, site: _Site, at: int) -> list[_JointHere]:
+        for name, after in self._alone(site.session):
+            if after is not None:
+                site.alone.append((name, self._site(after) - at << self._above))
+        site.joints = [self._joint_here(self._joints[name], site) for name in self._together(site.session)]
+        site.joints = [here for here in site.joints if here.sessions.count(None) < len(here.sessions)]
+        return site.joints
+
+    def _joint_here(self, joint: Joint, site: _Site) -> _JointHere:
+        sessions: list[int | None] = []
+        for told in range(1 << self.pages if joint.named is not _nobody else 1):
+            after = joint.session(site.session, told)
+            sessions.append(None if after is None else self._site(after) << self._above)
+        return _JointHere(joint, self._joint_pages[joint.name], sessions)
+
+    def _prepare_answer(self, site: _Site, at: int, label: Label) -> tuple[int, int] | None:
+        answer = self._answer(site.session, label)
+        change = None if answer is None else (self._site(answer[0]) - at << self._above, answer[1])
+        site.answers[label] = change
+        return change
+
+    def _prepare_page(self, index: int, p: int) -> tuple[Any, ...]:
+        """The page's offers, each with the differences that it makes to the number of a state."""
+        offers = []
+        for label, outcomes in self._offer(self._pages[index], p):
+            changes = tuple(
+                tuple((name, self._index(after) - index << PAGE_BITS * p) for name, after in outcome)
+                for outcome in outcomes
             )
+            offers.append((label, changes))
+        self._offers[p][index] = tuple(offers)
+        return tuple(offers)
 
-    # -- the invariant -------------------------------------------------------------------------------------
+    def _prepare_joint(self, joint: Joint, key: int) -> tuple[int, bool]:
+        page, standing = self._pages[key & _PAGE], self._aspects[key >> PAGE_BITS]
+        return self._index(joint.page(page, standing)), joint.named(page, standing)
 
-    def wrong(self, state: State) -> str | None:
-        """Why a state must never be, or None: the state invariant of docs/safety.md, R11 and R17."""
-        if state.phase == IDLE or (self.liar and not state.distrusted):
-            return None
-        ledger = self.view(state.ledger)
-        total = union = 0
-        for name in ("to_send", "in_flight", "sent", "zero", "skipped", "hole"):
-            bits = vars(ledger)[name].bits
-            total += bits.bit_count()
-            union |= bits
-        if total != self.pages or union != self.all:
-            return "R17: a page is in no state, or in two"
-        remembered = self.remembered(state)
-        owed = ledger.free_pending.bits & ledger.skipped.bits
-        for p in range(self.pages):
-            page, reader = 1 << p, state.readers[p]
-            possible = self.drained(state.before[p], state.streams[p])
-            right = self.content(state, p)
-            if ledger.skipped.bits & ~ledger.free_pending.bits & page and possible != ZERO:
-                return f"R11: page {p} is skipped and may not read as zero"
-            if not (state.allocated & page or self.contract is FreeContract.ZERO):
-                continue
-            if state.phase == ENDED:
-                if possible != right:
-                    return f"page {p} is lost"
-            elif remembered & page or reader == PICKED:
-                pass
-            elif reader == FREEING:
-                if right != ZERO and not ledger._doubted.bits & page:
-                    return f"page {p} is to become zero and nobody remembers its content"
-            elif reader != NOTHING:
-                if reader != right:
-                    return f"page {p} was read too early and nobody remembers"
-            elif possible != right and not (owed & page and right == ZERO):
-                return f"page {p} is forgotten"
+    def ended(self, state: int) -> bool:
+        return self._sites[state >> self._above].session.phase == ENDED
+
+    def wrong(self, state: int) -> str | None:
+        """Why a state must never be, or None: ``wrong_page`` of each of its pages."""
+        for p, aspect in enumerate(self._sites[state >> self._above].aspects):
+            key = aspect << PAGE_BITS | state & _PAGE
+            state >>= PAGE_BITS
+            verdicts = self._verdicts[p]
+            if key not in verdicts:
+                page = self._pages[key & _PAGE]
+                verdicts[key] = self.wrong_page(page, p, self._aspects[aspect])
+            if verdicts[key] is not None:
+                return verdicts[key]
         return None
 
 
-def replaced(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
-    return (*values[:at], value, *values[at + 1 :])
+def _same(page: Page, _: Standing) -> Page:
+    return page
 
 
-@dataclass
-class Search:
-    """What a search found. ``trace``: the shortest way to the first wrong state, empty if there is none."""
-
-    states: int = 0
-    transitions: int = 0
-    ends: int = 0
-    complete: bool = True
-    depth: int = 0
-    """Every state that fewer steps reach was visited."""
-    reason: str = ""
-    trace: list[str] = field(default_factory=list)
-    actions: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        reached = f"{self.states} states to depth {self.depth}"
-        lines = [f"{reached}, {self.transitions} transitions, {self.ends} at END"]
-        if self.trace:
-            lines += [f"{self.reason}, after {len(self.trace)} steps:"]
-            lines += [f"  {number:2}. {step}" for number, step in enumerate(self.trace, 1)]
-        return "\n".join(lines)
+def _nobody(page: Page, _: Standing) -> bool:
+    return False
 
 
-def search(model: Model, *, max_states: int) -> Search:
-    """Breadth first from every initial state; stops at the first wrong one or at ``max_states``."""
-    found = Search()
-    order: list[State] = list(model.initial())
-    origin: list[tuple[int, str]] = [(-1, "")] * len(order)
-    seen = set(order)
-    at = 0
-    while at < len(order):
-        state = order[at]
-        for name, after in model.steps(state):
-            found.transitions += 1
-            if after in seen:
-                continue
-            seen.add(after)
-            order.append(after)
-            origin.append((at, name))
-            found.actions[name.translate(_NO_DIGITS)] += 1
-            found.ends += after.phase == ENDED
-            reason = model.wrong(after)
-            if reason is not None:
-                found.states, found.complete, found.reason = len(order), False, reason
-                found.trace = _trace(origin, len(order) - 1)
-                return found
-        at += 1
-        if len(order) >= max_states:
-            found.complete = False
-            break
-    found.states = len(order)
-    found.depth = len(_trace(origin, at - 1))
-    return found
+def _looked_for_holes(page: Page, _: Standing) -> Page:
+    return page._replace(hole=not page.touched)
 
 
-_NO_DIGITS = str.maketrans("0123456789", "#" * 10)
-
-
-def _trace(origin: list[tuple[int, str]], at: int) -> list[str]:
-    steps: list[str] = []
-    while origin[at][0] >= 0:
-        at, name = origin[at]
-        steps.append(name)
-    return steps[::-1]
+def _marked(page: Page, _: Standing) -> Page:
+    return page._replace(hole=False)

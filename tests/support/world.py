@@ -1,7 +1,8 @@
 """A small simulated world around the real Ledger: source RAM, dirty log, FIFO streams that race, destination.
 
 Nothing in it knows the ledger's rules. At the end it compares what the guest holds with what arrived, for
-every page whose content matters *to the guest*: never from a bitmap of the ledger.
+every page whose content matters *to the guest*: never from a bitmap of the ledger. On the way there it says
+which pages nobody remembers, by the state invariant of docs/safety.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Batch:
 class World:
     """One guest and one migration after another. The content of a page is a number, each write a new one."""
 
+    sees_writes = True
+
     def __init__(
         self,
         ledger: type[Ledger[Any]] = Ledger,
@@ -39,6 +42,7 @@ class World:
         pages: int = 4,
         contract: FreeContract = FreeContract.ANYTHING,
         free: set[int] | None = None,
+        untouched: set[int] | None = None,
         sets: Any = PageBitmap,
         seed: int = 0,
     ) -> None:
@@ -49,8 +53,12 @@ class World:
         self.source = [1 + page for page in range(pages)]
         if contract is FreeContract.ZERO:
             self.source = [self.source[page] if page in self.allocated else ZERO for page in range(pages)]
+        self.touched = set(range(pages)) - (untouched or set())
+        self.source = [content if page in self.touched else ZERO for page, content in enumerate(self.source)]
         self.kernel: set[int] = set()
-        self.armed = False
+        self.found: set[int] = set()
+        self.batches: list[Batch] = []
+        self.armed = self.paused = self.harvested = False
         self.requests: deque[int] = deque()
         self.streams: list[deque[tuple[int, int] | str]] = [deque(), deque()]
         self.destination = [ZERO] * pages
@@ -67,6 +75,7 @@ class World:
             self._last += 1
             self.source[page] = self._last if content is None else content
             self.allocated.add(page)
+            self.touched.add(page)
             if self.armed:
                 self.kernel.add(page)
 
@@ -83,17 +92,21 @@ class World:
     # -- the source daemon -----------------------------------------------------------------------------
 
     def arm(self) -> None:
-        self.armed = True
-        self.kernel.clear()
+        self._begin(armed=True)
         for stream in self.streams:
             stream.clear()
         self.destination = [ZERO] * self.pages
-        self.ledger.arm(self.contract)
+        self.ledger.arm(self.contract, sees_writes=self.sees_writes)
 
     def cancel(self) -> None:
-        self.armed = False
-        self.kernel.clear()
+        self._begin(armed=False)
         self.ledger.cancel()
+
+    def _begin(self, *, armed: bool) -> None:
+        self.armed, self.paused, self.harvested = armed, False, False
+        self.kernel.clear()
+        self.found = set()
+        self.batches.clear()
 
     def request(self) -> int:
         epoch = self.ledger.issue()
@@ -103,15 +116,34 @@ class World:
     def hint(self, answer: tuple[int, Any]) -> int:
         return self.ledger.hint(*answer)
 
+    def pause(self) -> None:
+        """The guest writes no more: the next harvest is the final one."""
+        self.paused = True
+
+    def look(self) -> None:
+        """The first half of a harvest: read and clear, in one step (R3)."""
+        self.found, self.kernel = set(self.kernel), set()
+
+    def tell(self) -> int:
+        """The second half: the ledger hears of what was found."""
+        found, self.found = self.found, set()
+        self.harvested = self.paused
+        return self.ledger.harvest(self.set(*found))
+
     def harvest(self) -> int:
-        dirty, self.kernel = self.set(*self.kernel), set()
-        return self.ledger.harvest(dirty)
+        self.look()
+        return self.tell()
 
     def pick(self, stream: int, limit: int = 100) -> Batch:
-        return Batch(stream, _list(self.ledger.pick(limit)))
+        return self._picked(Batch(stream, indices(self.ledger.pick(limit))))
 
     def pick_free(self, stream: int, limit: int = 100) -> Batch:
-        return Batch(stream, _list(self.ledger.pick_free(limit)), free=True)
+        return self._picked(Batch(stream, indices(self.ledger.pick_free(limit)), free=True))
+
+    def _picked(self, batch: Batch) -> Batch:
+        if batch.pages:
+            self.batches.append(batch)
+        return batch
 
     def read(self, batch: Batch) -> Batch:
         batch.read = {page: ZERO if batch.free else self.source[page] for page in batch.pages}
@@ -119,6 +151,8 @@ class World:
 
     def push(self, batch: Batch) -> None:
         """The batch's records, to the end of its stream."""
+        if batch in self.batches:
+            self.batches.remove(batch)
         stream = self.streams[batch.stream]
         if batch.free:
             stream.extend(batch.read.items())
@@ -126,7 +160,7 @@ class World:
             return
         zero = self.set(*(page for page, content in batch.read.items() if content == ZERO))
         data = self.set(*(page for page, content in batch.read.items() if content != ZERO))
-        stream.extend((page, ZERO) for page in _list(self.ledger.zero_records(zero)))
+        stream.extend((page, ZERO) for page in indices(self.ledger.zero_records(zero)))
         self.ledger.zeroed(zero)
         stream.extend((page, content) for page, content in batch.read.items() if content != ZERO)
         self.ledger.sent_pages(data)
@@ -152,6 +186,7 @@ class World:
 
     def finish(self, *, bitmap: bool = True, trim: bool = False) -> set[int]:
         """Pause, final harvest, final send, END, everything arrives. Returns the pages that are lost."""
+        self.pause()
         self.harvest()
         if bitmap:
             self.ledger.settle(self.set(*set(range(self.pages)) - self.allocated), trim=trim)
@@ -177,6 +212,50 @@ class World:
             page, content = self.streams[number].popleft()  # type: ignore[misc]
             self.destination[page] = content  # type: ignore[call-overload]
 
+    def arrive(self, stream: int, records: int) -> None:
+        """Up to so many records of one stream, as far as a barrier lets it."""
+        queue = self.streams[stream]
+        while records and queue and (queue[0] != BARRIER or all(s and s[0] == BARRIER for s in self.streams)):
+            if queue[0] == BARRIER:
+                for other in self.streams:
+                    other.popleft()
+                continue
+            page, content = queue.popleft()  # type: ignore[misc]
+            self.destination[page] = content  # type: ignore[call-overload]
+            records -= 1
+
+    def possible(self) -> list[set[int]]:
+        """Of each page: what the destination may hold when every stream has drained, whichever is faster."""
+        values = [{content} for content in self.destination]
+        for segments in zip(*map(_segments, self.streams), strict=True):
+            for page in set().union(*segments):
+                values[page] = {segment[page] for segment in segments if page in segment}
+        return values
+
+    def remembered(self) -> set[int]:
+        """Pages that somebody will still send."""
+        return self.kernel | self.found | set(indices(self.ledger.to_send))
+
+    def forgotten(self) -> set[int]:
+        """Pages for which the invariant does not hold, and skipped ones that may not read as zero (R11)."""
+        possible, remembered = self.possible(), self.remembered()
+        held = {page: batch for batch in self.batches for page in batch.pages}
+        owed = set(indices(self.ledger.free_pending))
+        skipped = set(indices(self.ledger.skipped))
+        doubted = set(indices(self.ledger._doubted))
+        wrong = {page for page in skipped - owed if possible[page] != {ZERO}}
+        matter = self.allocated if self.contract is not FreeContract.ZERO else range(self.pages)
+        for page in set(matter) - remembered:
+            right, batch = self.source[page], held.get(page)
+            if batch is not None:
+                reads = ZERO if batch.free else batch.read.get(page, right)
+                kept = reads == right or page in doubted
+            else:
+                kept = possible[page] == {right} or (page in skipped & owed and right == ZERO)
+            if not kept:
+                wrong.add(page)
+        return wrong
+
     def lost(self) -> set[int]:
         """Pages that are not what the guest expects to find."""
         wrong = {page for page in self.allocated if self.destination[page] != self.source[page]}
@@ -190,11 +269,13 @@ class World:
 
     def stale(self) -> set[int]:
         """Pages skipped as free whose old content stayed at the destination after all (R11)."""
-        return {page for page in _list(self.ledger.skipped) if self.destination[page] != ZERO}
+        return {page for page in indices(self.ledger.skipped) if self.destination[page] != ZERO}
 
 
 class CompareWorld(World):
     """The same without a log of writes (R19): a page holds one of three contents, so that bytes come back."""
+
+    sees_writes = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -205,20 +286,44 @@ class CompareWorld(World):
         super().write(*pages, content=self.chance.randrange(1, 4) if content is None else content)
 
     def arm(self) -> None:
-        super().arm()
         self.digests.clear()
-        self.ledger.arm(self.contract, sees_writes=False)
+        super().arm()
 
     def push(self, batch: Batch) -> None:
         if not batch.free:
             self.digests.update(batch.read)  # of the copy, whatever the page holds by now (W25)
         super().push(batch)
 
-    def harvest(self) -> int:
-        sent = {page for page in _list(self.ledger.sent) if self.source[page] != self.digests[page]}
-        clear = _list(self.ledger.zero) + _list(self.ledger.hole)
-        return self.ledger.harvest(self.set(*sent, *(page for page in clear if self.source[page] != ZERO)))
+    def differing(self) -> set[int]:
+        """What a look at all of RAM would find now."""
+        sent = {page for page in indices(self.ledger.sent) if self.source[page] != self.digests.get(page)}
+        clear = indices(self.ledger.zero) + indices(self.ledger.hole)
+        return sent | {page for page in clear if self.source[page] != ZERO}
+
+    def look(self) -> None:
+        self.found = self.differing()
+
+    def remembered(self) -> set[int]:
+        """Also what differs or is on its way, while one more look is to come; and what is skipped or about
+        to be, while the guest's bitmap is to come."""
+        pages = self.found | set(indices(self.ledger.to_send))
+        if not self.harvested:
+            pages |= self.differing() | set(indices(self.ledger.in_flight))
+        if not self.ledger._settled:
+            pages |= set(indices(self.ledger.skipped)) | set(indices(self.ledger._freeing))
+        return pages
 
 
-def _list(pages: Any) -> list[int]:
+def indices(pages: Any) -> list[int]:
     return list(pages) if hasattr(pages, "__iter__") else pages.indices().tolist()
+
+
+def _segments(stream: deque[tuple[int, int] | str]) -> list[dict[int, int]]:
+    """Between every two barriers: the last record of each page."""
+    segments: list[dict[int, int]] = [{}]
+    for record in stream:
+        if isinstance(record, str):
+            segments.append({})
+        else:
+            segments[-1][record[0]] = record[1]
+    return segments
