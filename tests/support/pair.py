@@ -201,6 +201,10 @@ class DaemonProcess:
         self.process.kill()
         self.process.wait()
 
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def restart(self) -> None:
         """Again in the same directory, after ``kill`` or ``stop``."""
         self.start()
@@ -242,12 +246,15 @@ def processes_naming(*texts: str) -> list[int]:
     return found
 
 
-def _writes_to(pid: int, log: Path) -> bool:
-    """Whether a process has this file as its output: a spare stub has none yet."""
-    try:
-        return Path(f"/proc/{pid}/fd/1").readlink() == log
-    except OSError:  # it ended meanwhile
-        return False
+def _incoming(daemon: DaemonProcess) -> dict[str, list[int]]:
+    """Pids of the processes that a daemon spawned, by the guest whose log they write: a spare none."""
+    found: dict[str, list[int]] = {}
+    for pid in processes_naming("migd.guest.incoming", f"{daemon.directory}/guest.sock"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            log = Path(f"/proc/{pid}/fd/1").readlink()
+            if log.parent == daemon.directory:
+                found.setdefault(log.stem.removeprefix("guest-"), []).append(pid)
+    return found
 
 
 def ram_digest(pid: int) -> bytes:
@@ -276,6 +283,24 @@ def _content(fd: int) -> bytes:
             end = os.lseek(fd, start, os.SEEK_HOLE)
             parts.append(os.pread(fd, end - start, start))
     return b"".join(parts)
+
+
+def spoil(pid: int) -> None:
+    """Change every page of a guest's RAM that has content, through its descriptor."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(entry).startswith("/memfd:migd-ram"):
+            fd = os.open(entry, os.O_RDWR)
+            try:
+                end = 0
+                while True:
+                    start = os.lseek(fd, end, os.SEEK_DATA)
+                    end = os.lseek(fd, start, os.SEEK_HOLE)
+                    for offset in range(start, end, 4096):
+                        os.pwrite(fd, b"spoilt", offset)
+            except OSError:  # ENXIO: no data behind here
+                return
+            finally:
+                os.close(fd)
 
 
 class GuestProcess:
@@ -414,11 +439,22 @@ class DaemonPair:
 
     def copies(self, name: str) -> list[int]:
         """Pids of all processes that are this guest, whether it runs in them or not."""
-        mine = self.guests.get(name)
-        here = [mine.pid] if mine is not None and mine.alive else []
-        log = self.destination.directory / f"guest-{name}.log"
-        incoming = processes_naming("migd.guest.incoming", f"{self.destination.directory}/guest.sock")
-        return here + [pid for pid in incoming if _writes_to(pid, log)]
+        return self.copies_of([name])[name]
+
+    def copies_of(self, names: list[str]) -> dict[str, list[int]]:
+        """The same for many guests, in one look at all processes of the host."""
+        here, there = _incoming(self.source), _incoming(self.destination)
+        found = {}
+        for name in names:
+            mine = self.guests.get(name)
+            started = [mine.pid] if mine is not None and mine.alive else []
+            found[name] = started + here.get(name, []) + there.get(name, [])
+        return found
+
+    @staticmethod
+    def arrived(daemon: DaemonProcess, name: str) -> list[int]:
+        """Pids of the processes that this daemon spawned for this guest, and that still live."""
+        return _incoming(daemon).get(name, [])
 
     def checked(self, name: str) -> tuple[int, int]:
         """Pages checked and pages wrong, by the arrived guest's own words."""

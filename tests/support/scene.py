@@ -12,30 +12,43 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 
 from migd.control import commands
 from migd.migration.state import DestinationState, SourceState
-from tests.support.pair import DaemonPair, Nursery, daemon_pair, eventually, ram_digest
+from tests.support import remains
+from tests.support.fault_proxy import FaultProxy
+from tests.support.pair import DaemonPair, DaemonProcess, Nursery, daemon_pair, eventually, ram_digest, spoil
 
-Phase = SourceState | DestinationState
 
-PHASES: list[Phase] = [
-    *(state for state in SourceState if state is not SourceState.WAITING),
-    *DestinationState,
-]
-"""A guest waits only where it has just arrived: ``tests/e2e/test_serve.py``."""
+class Aftermath(StrEnum):
+    """What is no state of a session, and still must not be undone by whatever happens to a daemon."""
 
-_PATIENT = "hello_s = 60\nbegin_s = 60\nready_s = 60\ndead_s = 60\nprogress_s = 60\nguest_s = 20\n"
-SOURCE_LIMITS = f"[limits]\n{_PATIENT}go_s = 2\ncheck_s = 10\n"
-DESTINATION_LIMITS = f"[limits]\n{_PATIENT}go_s = 60\ncheck_s = 10\n"
+    CONDEMNED = "condemned"
+    """A late verdict was bad: the guest is paused on both sides."""
+
+
+Phase = SourceState | DestinationState | Aftermath
+
+PHASES: list[Phase] = [*SourceState, *DestinationState, *Aftermath]
+
+_PATIENT = "hello_s = 60\nbegin_s = 60\nready_s = 60\nprogress_s = 60\nguest_s = 20\ncheck_s = 10\n"
 """No session may end by itself while the others are being brought into place."""
+_VERDICT = "verdict_s = 8\n"
+"""What was lost with a daemon or a connection: whoever has just arrived waits no longer for it."""
+_UNWATCHFUL = "dead_s = 60\n"
+_WATCHFUL = "ping_s = 0.3\ndead_s = 3\n"
+"""For scenes in which a side is to notice that the other has fallen silent."""
 
+_PATIENCE_S = 10.0
 _SAMPLE_S = 0.25
 """A guest here does 30 operations a second: one that shows none in this time does not run."""
 
 
 def name_of(phase: Phase) -> str:
     """The guest that is held in this phase."""
+    if isinstance(phase, Aftermath):
+        return phase.value
     role = "source" if isinstance(phase, SourceState) else "destination"
     return f"{role}-{phase}"
 
@@ -43,61 +56,112 @@ def name_of(phase: Phase) -> str:
 class Scene:
     """A pair whose sessions stand still, each in its phase."""
 
-    def __init__(self, pair: DaemonPair, phases: list[Phase]) -> None:
+    def __init__(self, pair: DaemonPair, phases: list[Phase], network: FaultProxy) -> None:
+        """``network`` is what lies between the source and the destination."""
         self.pair = pair
+        self.network = network
         self.phases = phases
         self.migrations: dict[str, str] = {}
+        self.at_rest = eventually(lambda: _remains_ready(pair), "processes for incoming guests")
+        """What both daemons held before the first guest."""
 
     def guests_ready(self) -> None:
         """A guest for every phase, slow enough that all of them run on one core."""
-        directory = self.pair.source.directory
-        nursery = Nursery(directory / "guest.sock", directory)
-        for name in map(name_of, self.phases):
-            self.pair.guests[name] = nursery.start(
-                name, ram_bytes=(16 << 20,), workload="churn", rate_bytes_s=4_000_000
-            )
-        nursery.close()
+        for daemon in (self.pair.source, self.pair.destination):
+            names = [name_of(phase) for phase in self.phases if self._begins_at(phase) is daemon]
+            if names:
+                self._start(daemon, names)
         for guest in self.pair.guests.values():
             guest.ready()
+
+    def _begins_at(self, phase: Phase) -> DaemonProcess:
+        """Only what has just arrived at the source is waiting there."""
+        return self.pair.destination if phase is SourceState.WAITING else self.pair.source
+
+    def _start(self, daemon: DaemonProcess, names: list[str]) -> None:
+        nursery = Nursery(daemon.directory / "guest.sock", daemon.directory)
+        for name in names:
+            self.pair.guests[name] = nursery.start(
+                name, ram_bytes=(8 << 20,), workload="churn", rate_bytes_s=4_000_000
+            )
+        nursery.close()
 
     def reach(self, phase: Phase) -> None:
         """Bring a phase's guest into it, and leave it there."""
         name = name_of(phase)
         if isinstance(phase, SourceState):
             SOURCE_REACH.get(phase, _hold_source)(self, phase, name)
-        else:
+        elif isinstance(phase, DestinationState):
             DESTINATION_REACH.get(phase, _hold_destination)(self, phase, name)
+        else:
+            _condemned(self, name)
 
-    def launch(self, name: str, **options: object) -> None:
-        self.migrations[name] = self.pair.launch(name, **options)
+    def launch(self, name: str, *, back: bool = False, **options: object) -> None:
+        way = {} if back else {"to": self.network.address}
+        self.migrations[name] = self.pair.launch(name, back=back, **{**way, **options})
 
     def ask_cancel(self, name: str) -> None:
         reply = self.pair.source.client.ask_once(commands.Cancel(target=name))
         assert isinstance(reply, commands.Done), reply
 
-    def kill_copy(self, name: str, *, arrived: bool) -> None:
-        """kill -9 of the guest's process at the destination, or at the source."""
-        mine = self.pair.guests[name]
-        if not arrived:
-            mine.kill()
-            return
-        for pid in self.pair.copies(name):
-            if pid != mine.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+    def processes(self, phase: Phase, *, there: bool) -> list[int]:
+        """Pids of a phase's guest at the destination, or at the source, whether it runs in them or not."""
+        side = self.pair.destination if there else self.pair.source
+        mine = self.pair.guests[name_of(phase)]
+        started = [mine.pid] if self._begins_at(phase) is side and mine.alive else []
+        return started + self.pair.arrived(side, name_of(phase))
+
+    def kill(self, phase: Phase, *, there: bool) -> None:
+        """kill -9 of the guest's process on one side."""
+        for pid in self.processes(phase, there=there):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def running(self) -> dict[str, list[int]]:
         """For each guest, the processes in which it runs: by its RAM, not by what anybody says."""
-        copies = {name: self.pair.copies(name) for name in map(name_of, self.phases)}
-        before = {pid: ram_digest(pid) for pids in copies.values() for pid in pids}
-        time.sleep(_SAMPLE_S)
-        return {
-            name: [pid for pid in pids if (after := ram_digest(pid)) and after != before[pid]]
-            for name, pids in copies.items()
-        }
+        return running(self.pair, [name_of(phase) for phase in self.phases])
+
+
+def running(pair: DaemonPair, names: list[str]) -> dict[str, list[int]]:
+    """For each of these guests, the processes in which it runs: by its RAM, not by what anybody says."""
+    copies = pair.copies_of(names)
+    before = {pid: ram_digest(pid) for pids in copies.values() for pid in pids}
+    time.sleep(_SAMPLE_S)
+    return {
+        name: [pid for pid in pids if (after := ram_digest(pid)) and after != before[pid]]
+        for name, pids in copies.items()
+    }
+
+
+def running_in_time(pair: DaemonPair, names: list[str], due: list[str]) -> dict[str, list[int]]:
+    """The same, with more time for those that are due to run: on a busy machine a guest may not get far."""
+    found = running(pair, names)
+    deadline = time.monotonic() + _PATIENCE_S
+    while (still := [name for name in due if not found[name]]) and time.monotonic() < deadline:
+        found |= running(pair, still)
+    return found
+
+
+def _remains_ready(pair: DaemonPair) -> remains.Remains | None:
+    """Once a process for the next incoming guest is there, wherever one can come."""
+    found = remains.remains(pair)
+    ready = found["destination"]["processes"] and (
+        pair.source.role == "source" or found["source"]["processes"]
+    )
+    return found if ready else None
 
 
 def _hold_source(scene: Scene, phase: Phase, name: str) -> None:
+    scene.pair.source.hold(phase, name)
+    scene.launch(name)
+    scene.pair.source.wait_held(name)
+
+
+def _waiting(scene: Scene, phase: Phase, name: str) -> None:
+    """It came from the destination, which still owes the verdict, and is to go back there."""
+    scene.pair.destination.hold(SourceState.VERIFYING, name)
+    scene.launch(name, back=True, verify="late")
+    scene.pair.destination.wait_held(name)
     scene.pair.source.hold(phase, name)
     scene.launch(name)
     scene.pair.source.wait_held(name)
@@ -163,11 +227,28 @@ def _destination_failed(scene: Scene, phase: Phase, name: str) -> None:
     destination.hold(DestinationState.STARTING, f"{name}-starting")
     scene.launch(name)
     destination.wait_held(f"{name}-starting")
-    scene.kill_copy(name, arrived=True)
-    eventually(lambda: destination.guest(name) is None, f"{name} to be missed")
+    eventually(lambda: scene.processes(phase, there=True), f"the process of {name}")
+    scene.kill(phase, there=True)
+    eventually(lambda: destination.guest(name) is None, f"{name} to be missed", why=lambda: destination.log)
     destination.hold(phase, name)
     destination.release(f"{name}-starting")
     destination.wait_held(name)
+
+
+def _condemned(scene: Scene, name: str) -> None:
+    """Somebody writes to the paused RAM before it is verified."""
+    source, destination = scene.pair.source, scene.pair.destination
+    source.hold(SourceState.VERIFYING, name)
+    scene.launch(name, verify="late")
+    source.wait_held(name)
+    spoil(scene.pair.guests[name].pid)
+    source.release(name)
+    eventually(
+        lambda: (there := destination.guest(name)) is not None and there.state == "paused",
+        f"the verdict on {name}",
+        why=lambda: destination.log,
+    )
+    eventually(lambda: source.migrations(name)[-1].over, f"the end of {name}", why=lambda: source.log)
 
 
 def _cancel_in_bulk(scene: Scene, name: str, hold: Callable[[], None]) -> None:
@@ -182,6 +263,7 @@ def _cancel_in_bulk(scene: Scene, name: str, hold: Callable[[], None]) -> None:
 _Reach = Callable[[Scene, Phase, str], None]
 
 SOURCE_REACH: dict[SourceState, _Reach] = {
+    SourceState.WAITING: _waiting,
     SourceState.ITERATING: _iterating,
     SourceState.UNKNOWN: _unknown,
     SourceState.VERIFYING: _verifying,
@@ -196,10 +278,15 @@ DESTINATION_REACH: dict[DestinationState, _Reach] = {
 
 
 @contextlib.contextmanager
-def scene(phases: list[Phase]) -> Iterator[Scene]:
-    """A pair with every phase's guest held in it."""
-    with daemon_pair(source=SOURCE_LIMITS, destination=DESTINATION_LIMITS, held=True) as pair:
-        found = Scene(pair, phases)
+def scene(phases: list[Phase], *, watchful: bool = False) -> Iterator[Scene]:
+    """A pair with every phase's guest held in it; daemons of both roles where a guest is to come and go."""
+    limits = f"[limits]\n{_PATIENT}{_VERDICT}{_WATCHFUL if watchful else _UNWATCHFUL}"
+    source, destination, both = f"{limits}go_s = 1\n", f"{limits}go_s = 60\n", SourceState.WAITING in phases
+    with (
+        daemon_pair(source=source, destination=destination, held=True, serve=both) as pair,
+        contextlib.closing(FaultProxy(pair.address)) as network,
+    ):
+        found = Scene(pair, phases, network)
         found.guests_ready()
         for phase in phases:
             found.reach(phase)
