@@ -138,7 +138,7 @@ def load(path: Path) -> Config:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of endless numbers, and of lists that are too deep
         raise ConfigError(f"{path}: not TOML: {error}") from error
     try:
         return msgspec.convert(_with_numbers(data), Config)

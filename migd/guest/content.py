@@ -104,6 +104,8 @@ def _readable_files(paths: tuple[str, ...]) -> Iterator[int]:
 
 def _files_under(paths: tuple[str, ...]) -> Iterator[str]:
     for path in paths:
+        if "\0" in path:  # over the network, and no path at all: os.walk would raise ValueError
+            continue
         if os.path.isfile(path) or path == RANDOM_DEVICE:
             yield path
         for directory, below, names in os.walk(path):

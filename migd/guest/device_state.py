@@ -142,7 +142,7 @@ def parse(blob: bytes) -> DeviceState:
 def _parse_header(view: memoryview) -> _Header:
     try:
         return _decoder.decode(view)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise GuestError(f"the header of the device state is wrong: {error}") from error
 
 
