@@ -25,7 +25,11 @@ _READ_BYTES = 1 << 14
 
 
 def _flood_bytes(pages: int) -> int:
-    """More than this in one answer is a flood: the worst honest one is a 16-byte range for every 2nd page."""
+    """More than this for one request is a flood: the worst honest answer is a range for every 2nd page.
+
+    Each of those has 16 bytes. What nobody asked for, or came too late, counts as well: it is dropped (R4),
+    but unpacking it costs as much.
+    """
     return (4 << 20) + 16 * pages
 
 
@@ -37,7 +41,6 @@ class _Answer:
     sink: HintSink
     expires_s: float
     seen: PageBitmap
-    received_bytes: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -53,6 +56,8 @@ class SocketHints:
         self._decoder = HintDecoder()
         self._hello: asyncio.Future[Hello] = self._loop.create_future()
         self._answer: _Answer | None = None
+        self._heard_bytes = 0
+        """Since the last request, or the beginning: as they came, and as bitmaps."""
         self._refused = 0
         self._garbage_seen = 0
         self.distrusted = False
@@ -85,6 +90,7 @@ class SocketHints:
         """Ask; answers reach ``sink`` as they arrive, for ``hint_window_s``."""
         expires = self._loop.time() + self._limits.hint_window_s
         self._answer = _Answer(epoch, sink, expires, PageBitmap(self._pages))
+        self._heard_bytes = 0
         self._tell(hints.Request(epoch))
 
     async def answered(self, epoch: int, timeout_s: float) -> bool:
@@ -133,11 +139,10 @@ class SocketHints:
         if not data:
             self.close()
             return
-        answer = self._answer
-        if answer is not None:
-            answer.received_bytes += len(data)
-            if answer.received_bytes > _flood_bytes(self._pages):
-                self._distrust("a flood")
+        self._heard_bytes += len(data)
+        if self._heard_bytes > _flood_bytes(self._pages):
+            self._distrust("a flood")
+            return
         for frame in self._decoder.feed(data):
             self._take(frame)
         if self._decoder.garbage_bytes > self._garbage_seen:
@@ -153,6 +158,7 @@ class SocketHints:
             return
         answer = self._answer
         if answer is None or self.distrusted or self._loop.time() > answer.expires_s:
+            self._heard_bytes += len(frame.bits) if isinstance(frame, Bitmap) else 0
             return
         match frame:
             case Ranges(epoch, ranges):
@@ -167,7 +173,7 @@ class SocketHints:
 
     def _deliver(self, answer: _Answer, epoch: int, free: PageBitmap) -> None:
         """To the ledger, which refuses a wrong epoch; a page named twice in one answer is refused here."""
-        answer.received_bytes += free.window_bytes  # what it costs, not what it took to send
+        self._heard_bytes += free.window_bytes  # what it costs, not what it took to send
         if epoch == answer.epoch:
             if not free.isdisjoint(answer.seen):
                 self._refused += 1

@@ -429,13 +429,17 @@ async def test_valid_frames_without_end_are_a_flood() -> None:
         assert (4 << 20) // len(empty) <= sent < (5 << 20) // len(empty)
 
 
-async def test_a_flood_of_bitmaps_is_measured_by_what_they_unpack_to() -> None:
+@pytest.mark.parametrize("asked", ["and has time", "and the time is over", "never"])
+async def test_a_flood_of_bitmaps_is_measured_by_what_they_unpack_to(asked: str) -> None:
     """A few kilobytes that unpack to a megabyte cost a millisecond, and as bytes few of them are no flood."""
     pages = hints.MAX_BITMAP_PAGES
     frame = hints.encode(Bitmap(7, 0, pages, bytes(pages // 8)))
     assert len(frame) < 5000
-    async with hinting(pages) as guest:
-        await guest.request()
+    window_s = 0.001 if asked == "and the time is over" else 60
+    async with hinting(pages, hint_window_s=window_s) as guest:
+        if asked != "never":
+            await guest.request()
+        await asyncio.sleep(0.01)
         sent = 0
         while not guest.channel.distrusted:
             await guest.say(frame)
