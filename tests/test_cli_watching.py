@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from migd.control.events import GuestAttached, Missed
 from migd.guest import control
 from migd.migration.state import SourceState
 from tests.support.pair import DaemonPair, DaemonProcess, daemon_pair, eventually, finish, migd, start_migd
+
+_ACCEPTS = 0x10000
+"""The kernel's __SO_ACCEPTCON in /proc/net/unix."""
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +276,25 @@ def test_a_follower_of_a_daemon_that_ends_is_told_so() -> None:
 
 
 def follows(daemon: DaemonProcess) -> bool:
-    """Somebody is connected to the command socket, besides its listener."""
-    table = Path("/proc/net/unix").read_text().splitlines()
-    return sum(line.endswith(f"{daemon.directory}/control.sock") for line in table) > 1
+    """Somebody is connected to the command socket, and stays: the first connection only asks who is there."""
+    before = _connected(daemon)
+    time.sleep(0.2)
+    return bool(before & _connected(daemon))
+
+
+def _connected(daemon: DaemonProcess) -> set[str]:
+    """Its connections, without the listener (whose flags say that it accepts)."""
+    found = set()
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        if line.endswith(f" {daemon.directory}/control.sock"):
+            _, _, _, flags, _, _, inode, _ = line.split()
+            if not int(flags, 16) & _ACCEPTS:
+                found.add(inode)
+    return found
 
 
 def test_a_follower_that_does_not_read_holds_nobody_up_and_hears_what_it_missed(pair: DaemonPair) -> None:
+    visit(pair.source, "somebody-before")
     with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as lines:
         sock.settimeout(30)
         sock.connect(str(pair.source.directory / "control.sock"))

@@ -22,12 +22,19 @@ from migd.cli.main import main
 from migd.config import TABLES, Config, load
 from migd.guest import hints
 from migd.guest.hints import Hello, HintFrame, Ranges, Request
+from migd.migration import decision
+from migd.migration.journal import Mark
 from migd.migration.state import DESTINATION_TRANSITIONS, SOURCE_TRANSITIONS
 from migd.wire import messages, protocol
 from migd.wire.framing import FrameEncoder
 from migd.wire.protocol import FrameType
 from tests import test_layers
+from tests.kills import faults
+from tests.proof import campaign
+from tests.proof import table as mutants
+from tests.proof.mutants import MUTANTS
 from tests.support import schema
+from tests.verification import table as verification
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +176,25 @@ def limits() -> str:
     )
 
 
+def marks() -> str:
+    """What a daemon that was started again does by the last record of its own journal."""
+    return table(
+        ("last record", "source: found paused", "destination: found loaded", "found running", "found paused",
+         "GO is answered"),
+        (
+            (
+                f"`{last}`" if last is not None else "(none)",
+                decision.paused_at_source(last),
+                decision.incoming_at_destination(last),
+                "await-verdict" if decision.awaits_verdict(last) else "-",
+                decision.paused_at_destination(last) if last is not None else "-",
+                decision.go_at_destination(last),
+            )
+            for last in (None, *Mark)
+        ),
+    )  # fmt: skip
+
+
 def configuration_keys() -> str:
     return "\n".join(
         f"### [{name}]\n\n{reference.table_meaning(name)}\n\n"
@@ -196,6 +222,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "wire-specification": lambda: specification(protocol),
     "wire-types": frame_types,
     "wire-example": wire_example,
+    "hand-over-marks": marks,
     "limits": limits,
     "configuration-keys": configuration_keys,
     "json-commands": json_commands,
@@ -204,6 +231,11 @@ GENERATED: dict[str, Callable[[], str]] = {
     "python-api": python_api,
     "migrate-options": lambda: fields(schema.options()),
     "documents": lambda: "\n".join(map(document, schema.every_struct())),
+    "proof-figures": campaign.table,
+    "mutants": lambda: f"{mutants.table(MUTANTS)}\n",
+    "planted-bugs": lambda: f"{verification.planted_bugs()}\n",
+    "unseen-writes": lambda: f"{verification.writes()}\n",
+    "faults": lambda: f"{faults.markdown()}\n",
 }
 
 
@@ -328,8 +360,13 @@ def test_tables_of_a_configuration_file_have_no_key_twice_or_without_words(path:
             assert words, f"{line}: no comment above it"
 
 
-if __name__ == "__main__":
+def regenerate() -> None:
+    """Write everything that is generated."""
     for place in DOCUMENTS:
         place.write_text(regenerated(place.read_text()))
     for place in CONFIGS:
         place.write_text(reference.as_toml(Config(), place.stem))
+
+
+if __name__ == "__main__":
+    regenerate()

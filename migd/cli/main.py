@@ -18,13 +18,17 @@ from migd.cli.options import Size, die, json_option
 from migd.cli.set import set_
 from migd.cli.status import history, list_all, status
 from migd.cli.watch import attach, events, wait
-from migd.errors import MigdError
+from migd.errors import EXIT_CODES, MigdError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Commands(click.Group):
-    """Every MigdError is one clear line and its exit code."""
+    """Every MigdError is one clear line and its exit code; what those mean closes the help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -44,10 +48,6 @@ def main() -> None:
     Where the guest is:        migd guest --name vm1 --ram 1Gi &
                                migd migrate vm1 --to 127.0.0.1:7440
     See it all at once:        migd demo
-
-    Exit codes: 0 done; 1 failed, the guest runs on at the source; 2 usage or configuration; 3 refused;
-    4 outcome unknown, run `migd resolve`; 5 verification failed; 70 a bug; 124 not over when
-    `wait` or `attach` stopped looking; 130 cancelled.
     """
 
 

@@ -183,10 +183,11 @@ class Daemon:
 
 
 def line(guest: subprocess.Popen[str]) -> str:
+    """The first that is not about filling, of which a guest speaks after a second."""
     assert guest.stdout is not None
     ready, _, _ = select.select([guest.stdout], [], [], WAIT_S)
     assert ready, "the guest says nothing"
-    return guest.stdout.readline()
+    return next(said for said in guest.stdout if "filling" not in said)
 
 
 def end(guest: subprocess.Popen[str]) -> tuple[int, str, str]:
