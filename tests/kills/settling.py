@@ -74,12 +74,15 @@ def ask_to_resolve(daemon: DaemonProcess, name: str) -> None:
 
 
 def second_end(pair: DaemonPair, name: str) -> str:
-    """How a migration that nothing hits ends; asked about where a busy machine had it miss ``go_s``."""
+    """How a migration that nothing hits ends; asked about where a busy machine had it miss ``go_s``.
+
+    Its state, and why, unless it is completed.
+    """
     for _ in range(_ASKED):
-        if (state := pair.ended(name).state) != SourceState.UNKNOWN:
+        if (ended := pair.ended(name)).state != SourceState.UNKNOWN:
             break
         ask_to_resolve(pair.source, name)
-    return state
+    return ended.state if ended.state == SourceState.COMPLETED else f"{ended.state}: {ended.error}"
 
 
 def start_resolve(daemon: DaemonProcess, name: str) -> subprocess.Popen[str]:

@@ -71,9 +71,10 @@ _SOAK = (
     "at most {failure_bound_95:.2%} of migrations go wrong"
 )
 _KILLS = (
-    "{cells:,} cells of the matrix in {rounds} rounds, and {random_kills:,} kills at random moments under "
-    "{random_migrations:,} migrations, seed {seed}: {survived:,} survived, {split_brains} split brains, "
-    "{unknown} unknown, as documented; {pages_checked:,} pages checked, {wrong_pages} wrong"
+    "{kills:,} guests hit by kills and {interruptions:,} by interruptions, in every phase; "
+    "{random_migrations:,} by {random_kills:,} kills at random moments, seed {seed}: {survived:,} survived, "
+    "{split_brains} split brains, {unknown} unknown, as documented; {pages_checked:,} pages checked, "
+    "{wrong_pages} wrong"
 )
 _FUZZ = (
     "{inputs:,} inputs, seed {seed}; {behind_first_check:,} came behind the first check, {refused:,} were "
@@ -126,7 +127,7 @@ CAMPAIGN = (
         "kill -9",
         "kills",
         ("--rounds", "1", "--random", "120", "--seed", "2026"),
-        {"cells": 100, "random_migrations": 100},
+        {"kills": 100, "random_migrations": 100},
         ("split_brains", "wrong_pages", "faults"),
         _KILLS,
     ),
