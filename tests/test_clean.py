@@ -467,7 +467,7 @@ def _records(pair: DaemonPair, side: str, mark: Mark) -> list[Path]:
     return [
         path
         for path in directory.glob("*.jsonl")
-        if json.loads(path.read_bytes().splitlines()[-1])["mark"] == mark
+        if (lines := path.read_bytes().splitlines()) and json.loads(lines[-1])["mark"] == mark
     ]
 
 
