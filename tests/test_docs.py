@@ -34,6 +34,7 @@ from tests.proof import campaign
 from tests.proof import table as mutants
 from tests.proof.mutants import MUTANTS
 from tests.support import schema
+from tests.support.markdown import cell, table
 from tests.verification import table as verification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +48,6 @@ BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 def fenced(text: str) -> str:
     return f"```text\n{text.strip()}\n```\n"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(head)
-    lines = [columns, ["---"] * len(columns), *(list(row) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def transitions(states: dict[Any, frozenset[Any]]) -> str:
@@ -131,10 +126,6 @@ def frame_types() -> str:
         said = ", ".join(f"`{name}`" for name in message.__struct_fields__) if message else "(no message)"
         rows.append((str(int(kind)), kind.name, said))
     return table(("type", "name", "fields of its message"), rows)
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def json_commands() -> str:
@@ -232,10 +223,10 @@ GENERATED: dict[str, Callable[[], str]] = {
     "migrate-options": lambda: fields(schema.options()),
     "documents": lambda: "\n".join(map(document, schema.every_struct())),
     "proof-figures": campaign.table,
-    "mutants": lambda: f"{mutants.table(MUTANTS)}\n",
-    "planted-bugs": lambda: f"{verification.planted_bugs()}\n",
-    "unseen-writes": lambda: f"{verification.writes()}\n",
-    "faults": lambda: f"{faults.markdown()}\n",
+    "mutants": lambda: mutants.table(MUTANTS),
+    "planted-bugs": verification.planted_bugs,
+    "unseen-writes": verification.writes,
+    "faults": faults.markdown,
 }
 
 

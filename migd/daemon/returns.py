@@ -121,8 +121,7 @@ class Returns:
         """Where it was to leave from (G1, G3, G4)."""
         # Perhaps only its connection was lost: the session may be writing GO just now (G2).
         await self._departures.settled(guest.migration)
-        migration = guest.migration
-        async with self._lock(migration):
+        async with self._lock(guest.migration):
             log.warning("guest %s: %s", guest.name, await self._decide(guest, None))
 
     async def _decide_alone(self, guest: HostedGuest, keeper: Keeper | None) -> str:

@@ -20,7 +20,7 @@ from migd.errors import (
     VerificationError,
 )
 from migd.limits import Limits
-from migd.migration.decision import Arrived, paused_at_destination
+from migd.migration.decision import Arrived, Asked, go_at_destination, paused_at_destination
 from migd.migration.journal import Journal, Mark, Record
 from migd.migration.ports import Conversation, LoadedGuest, Observer, Passage, Worker
 from migd.migration.state import DestinationState, Progress
@@ -30,8 +30,6 @@ from migd.wire.messages import Aborted, Started, Verdict
 from migd.wire.protocol import Keeper
 
 log = logging.getLogger(__name__)
-
-_RAN = (Mark.STARTED, Mark.VERIFIED, Mark.CONDEMNED)
 
 
 class HandOver:
@@ -336,7 +334,7 @@ class HandOver:
 
     async def _stays(self, detail: str) -> Started:
         name = self._guest.name
-        if self.mark not in _RAN:
+        if go_at_destination(self.mark) is not Asked.STARTED:
             raise Refused(f"guest {name} was never started here: only the source can run it")
         if self._guest.gone and self.mark is not Mark.VERIFIED:
             raise Refused(f"the process of guest {name} is gone here: only the source can run it")

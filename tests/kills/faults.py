@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.support.markdown import table
+
 KILL = "tests/e2e/test_kill.py::test_a_kill_loses_no_guest_and_makes_no_second"
 INTERRUPTION = "tests/e2e/test_interruptions.py::test_an_interruption_loses_no_guest_and_makes_no_second"
 CONNECTION = "tests/e2e/test_faults.py::test_a_connection_that_is_treated_badly"
@@ -128,6 +130,4 @@ def markdown() -> str:
         *((fault, "<br>".join(f"`{test}`" for test in tests)) for fault, tests in COVERED.items()),
         *((fault, f"- ({why})") for fault, why in MISSING.items()),
     ]
-    return "\n".join(
-        ["| fault | tests |", "| --- | --- |", *(f"| {fault} | {tests} |" for fault, tests in rows)]
-    )
+    return table(("fault", "tests"), rows)

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from tests.support import markdown
+
 RECORD = Path(__file__).parents[2] / "docs" / "proof.json"
 
 Figures = dict[str, Any]
@@ -157,8 +159,8 @@ def table() -> str:
     """Markdown of what was run and found."""
     runs = kept()
     rows = [
-        f"| {claim.name} | `{claim.command}` | {claim.says.format_map(runs[claim.name].figures)} |"
+        (claim.name, f"`{claim.command}`", claim.says.format_map(runs[claim.name].figures))
         for claim in CAMPAIGN
         if claim.name in runs
     ]
-    return "\n".join(["| what | run by | found |", "| --- | --- | --- |", *rows, ""])
+    return markdown.table(("what", "run by", "found"), rows)

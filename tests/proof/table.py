@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from functools import cache
 
 from tests.proof.mutant import Mutant
+from tests.support import markdown
 
-HEAD = "| | bug | wrong version | test that it fails | steps | shortest trace |"
+HEAD = ("", "bug", "wrong version", "test that it fails", "steps", "shortest trace")
 
 
 def table(mutants: Iterable[Mutant]) -> str:
     """Markdown, a row for each mutant. RuntimeError if one survives."""
-    return "\n".join([HEAD, "| --- | --- | --- | --- | --- | --- |", *map(_row, mutants)])
+    return markdown.table(HEAD, map(_row, mutants))
 
 
 @cache  # a search each
-def _row(mutant: Mutant) -> str:
+def _row(mutant: Mutant) -> tuple[str, ...]:
     death = mutant.kill()
     if not death.trace:
         raise RuntimeError(f"{mutant.number} {mutant.name} survives")
@@ -30,4 +31,4 @@ def _row(mutant: Mutant) -> str:
         str(len(death.trace)),
         f"{trace}: {death.reason}",
     )
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return tuple(map(markdown.cell, cells))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
+from tests.support.markdown import table
 from tests.verification.checks import EXPECTED, Check
 from tests.verification.planted import BUGS
 from tests.verification.writes import WAYS
@@ -12,14 +11,10 @@ from tests.verification.writes import WAYS
 def planted_bugs() -> str:
     """Which check finds which bug; held by ``tests/verification/test_planted_bugs.py``."""
     rows = ([bug.name, bug.what, *(EXPECTED[bug.name][check] for check in Check)] for bug in BUGS)
-    return _table(["planted bug", "what is wrong", *Check], rows)
+    return table(["planted bug", "what is wrong", *Check], rows)
 
 
 def writes() -> str:
     """What the kernel's log sees, and what migd does; held by ``tests/verification/test_writes.py``."""
     rows = ([way.name, "yes" if way.seen else "no", way.handling] for way in WAYS)
-    return _table(["a write by", "logged", "what migd does about it"], rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return table(["a write by", "logged", "what migd does about it"], rows)
