@@ -2,8 +2,8 @@
 
 ::
 
-    { bench cli demo report pytest_plugin } -> { api daemon doctor leftovers }
-        -> { control qemu guest transport source destination }
+    { bench cli demo report pytest_plugin } -> { api daemon doctor lab leftovers qemu }
+        -> { control guest transport source destination }
         -> migration -> { ledger wire } -> ram -> { config host metrics log }
         -> { limits sizes tasks } -> errors
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: list[set[str]] = [
     {"__main__"},
     {"bench", "cli", "demo", "report", "pytest_plugin"},
-    {"api", "daemon", "doctor", "leftovers"},
-    {"control", "qemu", "guest", "transport", "source", "destination"},
+    {"api", "daemon", "doctor", "lab", "leftovers", "qemu"},
+    {"control", "guest", "transport", "source", "destination"},
     {"migration"},
     {"ledger", "wire"},
     {"ram"},
