@@ -191,10 +191,11 @@ def status_text(found: StatusReport) -> str:
         f"bandwidth: outgoing {bandwidth_text(found.max_outgoing_bytes_s)}, "
         f"incoming {bandwidth_text(found.max_incoming_bytes_s)}",
     ]
-    guests = _table("guest", "state", "RAM", "pid", "migration")
+    guests = _table("guest", "kind", "state", "RAM", "pid", "migration", "writes found by")
     for guest in found.guests:
         size = f"{guest.ram_bytes / 2**20:.0f} MiB"
-        guests.add_row(guest.name, guest.state, size, str(guest.pid), guest.migration[:_ID_DIGITS])
+        migration = guest.migration[:_ID_DIGITS]
+        guests.add_row(guest.name, guest.kind, guest.state, size, str(guest.pid), migration, guest.tracking)
     migrations = _table("migration", "guest", "", "peer", "state", "done", "moved", "error")
     for moving in found.migrations:
         migrations.add_row(

@@ -176,6 +176,10 @@ class GuestStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Of its process; 0 until that has attached."""
     migration: str
     """The one it is paused or incoming for, else empty."""
+    kind: str = "stub"
+    """stub, or the QEMU that runs it."""
+    tracking: str = ""
+    """How writes to its RAM are found by a live migration."""
 
 
 class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):

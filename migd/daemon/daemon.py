@@ -237,17 +237,19 @@ class Daemon:
                         yield commands.Quiet()
 
     def _status(self) -> StatusReport:
+        choice = DirtyLogChoice(self.config.migration.dirty_log)
+        tracking = status.write_tracking(choice)
         return StatusReport(
             role=self.role,
             version=__version__,
             pid=os.getpid(),
             runtime_dir=str(self.runtime_dir),
             listen=self._listener.address if self._listener else "",
-            write_tracking=status.write_tracking(DirtyLogChoice(self.config.migration.dirty_log)),
+            write_tracking=tracking,
             max_outgoing_bytes_s=self._departures.bandwidth.limit_bytes_s,
             max_incoming_bytes_s=self._incoming.limit_bytes_s,
             limits=self.config.limits,
-            guests=[status.of_guest(guest) for guest in self._guests.guests.values()],
+            guests=[status.of_guest(guest, choice, tracking) for guest in self._guests.guests.values()],
             migrations=[
                 *(
                     status.of_departure(session, self._departures.limit_of(session.migration))

@@ -12,13 +12,16 @@ from migd.source.attempt import DirtyLogChoice
 from migd.source.session import SourceSession
 
 
-def of_guest(guest: HostedGuest) -> GuestStatus:
+def of_guest(guest: HostedGuest, choice: DirtyLogChoice, here: str) -> GuestStatus:
+    """``here``: the dirty log of guests that leave it to the daemon to tell, ``write_tracking``."""
     return GuestStatus(
         name=guest.name,
         state=guest.state,
         ram_bytes=guest.ram.bytes,
         pid=guest.pid,
         migration=guest.migration,
+        kind=guest.kind,
+        tracking=here if choice is DirtyLogChoice.COMPARE else guest.tracking or here,
     )
 
 

@@ -12,6 +12,7 @@ class AbsentGuest:
     """See ``migd.migration.ports.LoadedGuest``: whatever would need a process is a GuestError."""
 
     gone = True
+    checks_itself = False
 
     def __init__(self, name: str) -> None:
         self.name = name

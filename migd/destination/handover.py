@@ -22,7 +22,7 @@ from migd.errors import (
 from migd.limits import Limits
 from migd.migration.decision import Arrived, Asked, go_at_destination, paused_at_destination
 from migd.migration.journal import Journal, Mark, Record
-from migd.migration.ports import Conversation, LoadedGuest, Observer, Passage, Worker
+from migd.migration.ports import Conversation, LoadedGuest, Observer, Passage, SelfCheck, Worker
 from migd.migration.state import DestinationState, Progress
 from migd.tasks import Runner
 from migd.wire import messages
@@ -30,6 +30,9 @@ from migd.wire.messages import Aborted, Started, Verdict
 from migd.wire.protocol import Keeper
 
 log = logging.getLogger(__name__)
+
+_NO_CHECK = SelfCheck(pages=0, wrong=0, first_wrong=-1)
+"""The source shall not wait for what will not come."""
 
 
 class HandOver:
@@ -276,10 +279,10 @@ class HandOver:
             await self._enter(DestinationState.COMPLETED)
 
     async def _report_check(self, conversation: Conversation) -> None:
-        """The guest's own check, if it makes one, for the source's result."""
+        """The guest's own check, if it makes one, for the source's result; of no page if it never does."""
         try:
             async with asyncio.timeout(self._limits.check_s):
-                check = await self._guest.self_check()
+                check = await self._guest.self_check() if self._guest.checks_itself else _NO_CHECK
             checked = messages.Checked(
                 migration=self._migration, pages=check.pages, wrong=check.wrong, first_wrong=check.first_wrong
             )

@@ -1,20 +1,26 @@
 """The control protocol between a guest process and its daemon, over a SOCK_SEQPACKET unix socket.
 
 One message is one packet: a JSON object with its ``type`` and ``id``, and descriptors by SCM_RIGHTS. The
-daemon asks, the guest answers with the same ``id``; a guest speaks unasked only to attach (first) and to
-report its self-check. Bulk data (device state, free bitmap) never is in a packet: it lies in a memfd whose
-descriptor travels, so no size limit of the socket applies::
+daemon asks, the guest answers with the same ``id``; a guest speaks unasked only to attach (first), to say
+that it is prepared, and to report its self-check. Bulk data (device state, bitmaps) never is in a packet: it
+lies in a memfd whose descriptor travels, so no size limit of the socket applies::
 
     guest                                         daemon
     Attach  [RAM fds if it has RAM]     ->
                                         <-        Attached  [RAM fds if it had none] + [hint socket]
                                         <-          | Declined
+                                        <-        Expect       a guest in readiness learns its migration
+    Prepared                            ->        it can be loaded (later, unasked, if it is opaque)
                                         <-        Arm          writes are to be logged
     Armed   [pagemap fd] | Failed       ->
+                                        <-        Harvest      of a log that the guest keeps itself
+    Harvested [bitmap fd]               ->
                                         <-        Disarm
     Done                                ->
                                         <-        Pause        at the next safe point
     Paused  [state fd, free bitmap fd]  ->
+                                        <-        Save         if PAUSED brought nothing
+    Saved   [state fd]                  ->
                                         <-        Resume       after a failed attempt
     Running                             ->
                                         <-        Load [state fd]   destination, before READY
@@ -38,6 +44,7 @@ import msgspec
 from migd.errors import GuestError
 
 VERSION = 1
+STUB = "stub"
 MAX_PACKET_BYTES = 1 << 16
 MAX_PACKET_FDS = 16
 MAX_BLOCKS = MAX_PACKET_FDS - 1
@@ -77,6 +84,24 @@ class Attach(_Message, frozen=True, tag="attach", kw_only=True, omit_defaults=Tr
     migration: str = ""
     read_only: bool = False
     """It brings RAM that it never writes, in descriptors open for reading only: it is not armed."""
+    kind: str = STUB
+    """What it is, for people."""
+    tracking: str = ""
+    """How writes to its RAM can be found, for people; empty if its daemon can tell by itself."""
+    opaque: bool = False
+    """A machine that cannot be looked into, such as a QEMU: PAUSED brings nothing, the device state is asked
+    for (SAVE) while the rest of RAM is sent, free pages are unknown (R14), it never checks itself, and it
+    says PREPARED when it can be loaded, not by attaching."""
+
+
+class Prepared(_Message, frozen=True, tag="prepared"):
+    """The machine of an incoming guest is there, and waits for its device state."""
+
+
+class Expect(_Message, frozen=True, tag="expect", kw_only=True):
+    """The guest in readiness is the one that this migration brings."""
+
+    migration: str
 
 
 class Attached(_Message, frozen=True, tag="attached", kw_only=True):
@@ -91,10 +116,28 @@ class Arm(_Message, frozen=True, tag="arm"):
     pass
 
 
-class Armed(_Message, frozen=True, tag="armed", kw_only=True):
+class Log(StrEnum):
+    """What finds the writes of a guest that is armed."""
+
+    USERFAULTFD = "userfaultfd"
+    """The kernel, for the daemon: a pagemap descriptor comes along."""
+    SOFT_DIRTY = "soft-dirty"
+    """The guest, when it is asked: HARVEST."""
+
+
+class Armed(_Message, frozen=True, tag="armed", kw_only=True, omit_defaults=True):
     """Start address of every block in the guest's own mapping, in the order of ``Attach.blocks``."""
 
     addresses: tuple[int, ...]
+    log: Log = Log.USERFAULTFD
+
+
+class Harvest(_Message, frozen=True, tag="harvest"):
+    """Get and clear (R3)."""
+
+
+class Harvested(_Message, frozen=True, tag="harvested"):
+    """One bit a page through all blocks, least significant first, 1 = written since the last time."""
 
 
 class Disarm(_Message, frozen=True, tag="disarm"):
@@ -107,6 +150,14 @@ class Pause(_Message, frozen=True, tag="pause", kw_only=True):
 
 class Paused(_Message, frozen=True, tag="paused"):
     """Stopped at a safe point; nothing of the guest writes to RAM from here on."""
+
+
+class Save(_Message, frozen=True, tag="save"):
+    """The device state of the paused guest."""
+
+
+class Saved(_Message, frozen=True, tag="saved"):
+    pass
 
 
 class Resume(_Message, frozen=True, tag="resume"):
@@ -140,16 +191,22 @@ class Done(_Message, frozen=True, tag="done"):
     pass
 
 
-class Failed(_Message, frozen=True, tag="failed", kw_only=True):
+class Failed(_Message, frozen=True, tag="failed", kw_only=True, omit_defaults=True):
     reason: str
+    immovable: bool = False
+    """No other way of doing it helps: the guest cannot be moved as it is."""
 
 
 class Quit(_Message, frozen=True, tag="quit"):
     pass
 
 
-FromGuest: TypeAlias = Attach | Armed | Paused | Running | Checked | Done | Failed
-ToGuest: TypeAlias = Attached | Declined | Arm | Disarm | Pause | Resume | Load | Start | Quit
+FromGuest: TypeAlias = (
+    Attach | Prepared | Armed | Harvested | Paused | Saved | Running | Checked | Done | Failed
+)
+ToGuest: TypeAlias = (
+    Attached | Declined | Expect | Arm | Harvest | Disarm | Pause | Save | Resume | Load | Start | Quit
+)
 Message: TypeAlias = FromGuest | ToGuest
 
 _FD = struct.Struct("i")

@@ -54,7 +54,9 @@ class SocketHints:
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._decoder = HintDecoder()
-        self._hello: asyncio.Future[Hello] = self._loop.create_future()
+        self._hello: Hello | None = None
+        """The newest: a guest that was restarted may be another kernel."""
+        self._declared = asyncio.Event()
         self._answer: _Answer | None = None
         self._heard_bytes = 0
         """Since the last request, or the beginning: as they came, and as bitmaps."""
@@ -76,9 +78,11 @@ class SocketHints:
         """The guest's free-page contract (R12); NONE if it declares none in time, or one unknown here."""
         try:
             async with asyncio.timeout(timeout_s):
-                hello = await asyncio.shield(self._hello)
-        except (TimeoutError, asyncio.InvalidStateError):
+                await self._declared.wait()
+        except TimeoutError:
             return FreeContract.NONE
+        hello = self._hello
+        assert hello is not None
         fits = hello.page_bytes == PAGE_BYTES and hello.pages == self._pages
         if not fits or hello.version != hints.VERSION:
             log.warning("hints refused: the guest declares %s", hello)
@@ -153,8 +157,8 @@ class SocketHints:
 
     def _take(self, frame: HintFrame) -> None:
         if isinstance(frame, Hello):
-            if not self._hello.done():
-                self._hello.set_result(frame)
+            self._hello = frame
+            self._declared.set()
             return
         answer = self._answer
         if answer is None or self.distrusted or self._loop.time() > answer.expires_s:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import subprocess
 from dataclasses import dataclass, field
 
-from migd.errors import GuestError, LiveUnsupported
+from migd.errors import GuestError, LiveUnsupported, Refused
 from migd.guest import control
-from migd.guest.control import GuestState
+from migd.guest.control import GuestState, Log
+from migd.guest.guest_log import GuestLog
 from migd.guest.hint_receiver import SocketHints
 from migd.guest.link import GuestLink, RequestRefused
+from migd.guest.spawner import SpawnedProcess
 from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.migration.ports import DirtyLog, PauseReport, Resumption, SelfCheck
@@ -38,9 +39,13 @@ class HostedGuest:
     state: GuestState
     migration: str = ""
     """The one it is paused or incoming for, else empty."""
-    process: subprocess.Popen[bytes] | None = None
+    process: SpawnedProcess | None = None
     hints: SocketHints | None = None
     pid: int = 0
+    kind: str = control.STUB
+    tracking: str = ""
+    """See ``migd.guest.control.Attach``."""
+    opaque: bool = False
     _pins: set[str] = field(default_factory=set)
     _link: GuestLink | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
@@ -65,10 +70,25 @@ class HostedGuest:
         """Its process has ended, or was given up."""
         return self._gone.is_set()
 
-    def connect(self, link: GuestLink, hints: SocketHints, pid: int) -> None:
+    def introduce(self, attach: control.Attach) -> None:
+        """What the guest's process says of itself."""
+        self.pid, self.kind = attach.pid, attach.kind
+        self.tracking, self.opaque = attach.tracking, attach.opaque
+
+    def connect(self, link: GuestLink, hints: SocketHints) -> None:
         """The guest's process has attached."""
-        self._link, self.hints, self.pid = link, hints, pid
+        self._link, self.hints = link, hints
         self._attached.set()
+
+    @property
+    def in_readiness(self) -> bool:
+        """It has attached to be the guest of a migration that is still to come."""
+        return self.state is GuestState.INCOMING and not self.migration and not self.gone
+
+    def expect(self, migration: str) -> None:
+        """The guest in readiness is this migration's. GuestError if it cannot be told."""
+        self.link.tell(control.Expect(migration=migration))
+        self.migration = migration
 
     def disconnect(self) -> None:
         """The guest's process is gone, or has let go of its daemon; RAM stays with the process."""
@@ -99,20 +119,30 @@ class HostedGuest:
 
     @property
     def reports_free_at_pause(self) -> bool:
-        """Always: PAUSED brings the bitmap (migd.guest.control)."""
-        return True
+        """PAUSED brings the bitmap, unless the guest cannot be looked into (migd.guest.control)."""
+        return not self.opaque
+
+    @property
+    def checks_itself(self) -> bool:
+        """See ``migd.migration.ports.LoadedGuest``."""
+        return not self.opaque
 
     async def arm(self) -> DirtyLog:
-        """The kernel's log of the guest's own mapping. LiveUnsupported where the guest cannot arm it.
+        """The kernel's log of the guest's own mapping, or the guest's. LiveUnsupported where it has neither.
 
-        A guest that never writes its RAM has nothing to log.
+        Refused if the guest cannot be moved at all. A guest that never writes its RAM has nothing to log.
         """
         if self.ram.read_only:
             return StaticDirtyLog(self.ram.pages)
         try:
             answer, fds = await self.link.ask(control.Arm(), control.Armed, self.limits.guest_s)
         except RequestRefused as error:
+            if error.immovable:
+                raise Refused(str(error)) from error
             raise LiveUnsupported(str(error)) from error
+        if answer.log is Log.SOFT_DIRTY:
+            control.close_all(fds)
+            return GuestLog(self.link, answer.log, self.ram.pages, self.limits.guest_s)
         if len(fds) != 1 or len(answer.addresses) != len(self.ram.blocks):
             control.close_all(fds)
             raise GuestError(
@@ -135,6 +165,9 @@ class HostedGuest:
         """Acknowledged at a safe point, with device state and final free bitmap (R13, R14)."""
         self.state, self.migration = GuestState.PAUSED, migration
         _, fds = await self.link.ask(control.Pause(migration=migration), control.Paused, self.limits.guest_s)
+        if self.opaque:
+            control.close_all(fds)
+            return PauseReport(None, None)
         try:
             if len(fds) != 2:
                 raise GuestError(f"guest {self.name} paused with {len(fds)} descriptors, not 2")
@@ -143,6 +176,18 @@ class HostedGuest:
                 raise GuestError(f"guest {self.name}: a free bitmap of {len(bitmap)} bytes at pause")
             return PauseReport(state, PageBitmap.from_bytes(bitmap, self.ram.pages))
         except OSError as error:  # no memfd at all: a directory, a socket, a file open for writing only
+            raise GuestError(f"guest {self.name}: its state cannot be read: {error.strerror}") from error
+        finally:
+            control.close_all(fds)
+
+    async def save(self) -> bytes:
+        """See ``migd.migration.ports.SourceGuest``."""
+        _, fds = await self.link.ask(control.Save(), control.Saved, self.limits.guest_s)
+        try:
+            if len(fds) != 1:
+                raise GuestError(f"guest {self.name} saved its state in {len(fds)} descriptors, not 1")
+            return control.blob_bytes(fds[0])
+        except OSError as error:
             raise GuestError(f"guest {self.name}: its state cannot be read: {error.strerror}") from error
         finally:
             control.close_all(fds)
@@ -190,14 +235,17 @@ class HostedGuest:
     # -- DestinationGuest ---------------------------------------------------------------------------
 
     async def attached(self) -> None:
-        """Returns when the spawned process has attached. GuestError within ``begin_s``."""
+        """Returns when the guest's process has attached and can be loaded. GuestError within ``begin_s``."""
+        missing = "attach"
         try:
             async with asyncio.timeout(self.limits.begin_s):
                 await self._attached.wait()
+                if self.opaque:
+                    missing = f"have {self.kind} ready"
+                    await self.link.prepared.wait()
         except TimeoutError as error:
-            raise GuestError(
-                f"the process spawned for guest {self.name} did not attach within {self.limits.begin_s:g} s"
-            ) from error
+            within = f"within {self.limits.begin_s:g} s"
+            raise GuestError(f"the process of guest {self.name} did not {missing} {within}") from error
 
     async def load(self, device_state: bytes) -> None:
         fd = control.blob_fd(device_state)
@@ -229,7 +277,7 @@ class HostedGuest:
         return SelfCheck(checked.pages, checked.wrong, checked.first_wrong)
 
     async def discard(self) -> None:
-        """End a process that never ran the guest here: QUIT, and by signal if it does not listen."""
+        """End a process that never ran the guest here: QUIT, and by signal if it was spawned here."""
         try:
             self.link.tell(control.Quit())
         except GuestError:

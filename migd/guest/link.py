@@ -10,13 +10,17 @@ import msgspec
 
 from migd.errors import GuestError
 from migd.guest import control
-from migd.guest.control import Checked, Failed, FromGuest, ToGuest
+from migd.guest.control import Checked, Failed, FromGuest, Prepared, ToGuest
 
 M = TypeVar("M", bound=FromGuest)
 
 
 class RequestRefused(GuestError):
     """The guest understood a request and cannot do it; the message has its reason."""
+
+    def __init__(self, text: str, *, immovable: bool = False) -> None:
+        super().__init__(text)
+        self.immovable = immovable
 
 
 class GuestLink:
@@ -30,6 +34,7 @@ class GuestLink:
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[tuple[FromGuest, list[int]]]] = {}
         self.gone = asyncio.Event()
+        self.prepared = asyncio.Event()
         self.checked: asyncio.Future[Checked] = self._loop.create_future()
         self._loop.add_reader(sock, self._readable)
 
@@ -46,6 +51,8 @@ class GuestLink:
         message, fds = packet
         if isinstance(message, Checked) and not self.checked.done():
             self.checked.set_result(message)
+        elif isinstance(message, Prepared):
+            self.prepared.set()
         waiting = self._waiting.pop(message.id, None)
         if waiting is None or waiting.done():
             control.close_all(fds)  # the answer to a request nobody waits for any more
@@ -88,7 +95,8 @@ class GuestLink:
             return answer, received
         control.close_all(received)
         if isinstance(answer, Failed):
-            raise RequestRefused(f"guest {self._name} refused {what}: {answer.reason}")
+            reason = f"guest {self._name} refused {what}: {answer.reason}"
+            raise RequestRefused(reason, immovable=answer.immovable)
         raise GuestError(f"guest {self._name} answered {what} with {type(answer).__name__}")
 
     async def order(

@@ -12,7 +12,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from migd.guest.hint_receiver import SocketHints
 from migd.guest.hosted import HostedGuest
 from migd.guest.link import GuestLink
 from migd.guest.ram_supply import RamSupply
-from migd.guest.spawner import Spawner
+from migd.guest.spawner import SpawnedProcess, Spawner
 from migd.ledger.ledger import Ledger
 from migd.limits import Limits
 from migd.ram.bitmap import PageBitmap
@@ -220,6 +219,7 @@ class GuestRegistry:
 
     async def _keep(self, guest: HostedGuest, attach: Attach, sock: socket.socket, new_ram: bool) -> None:
         """Answer ATTACH, and watch over the connection until the guest closes it."""
+        guest.introduce(attach)
         try:
             hints = self._welcome(guest, sock, new_ram)
         except OSError as error:
@@ -232,13 +232,13 @@ class GuestRegistry:
         if guest.process is None and guest.ram.named:
             self._tasks.create_task(_unlink_at_end(guest.ram, _peer_of(sock)[0]))
         link = GuestLink(sock, guest.name)
-        guest.connect(link, hints, attach.pid)
+        guest.connect(link, hints)
         log.info(
             "guest %s attached: %s, %d MiB, pid %d", guest.name, guest.state, guest.ram.bytes >> 20, guest.pid
         )
         self._observer.attached(guest)
         try:
-            if not new_ram:
+            if not new_ram and not guest.in_readiness:
                 await self._returned(guest)
             await link.gone.wait()
         finally:
@@ -268,8 +268,9 @@ class GuestRegistry:
 
     def create(self, name: str, migration: str, shapes: tuple[BlockShape, ...]) -> HostedGuest:
         """See ``migd.migration.ports.GuestHost``."""
-        if self._present(name) is not None:
-            raise Refused(f"a guest named {name!r} is here already")
+        present = self._present(name)
+        if present is not None:
+            return self._assigned(present, migration, shapes)
         guest = self._add(name, self._supply.make(name, shapes), GuestState.INCOMING, migration)
         guest.pin(migration)
         try:
@@ -287,10 +288,29 @@ class GuestRegistry:
         self._tasks.create_task(self._watch(guest, guest.process, pidfd))
         return guest
 
-    async def _watch(self, guest: HostedGuest, process: subprocess.Popen[bytes], pidfd: int) -> None:
-        """A spawned process is reaped when it ends, and missed even if it never attached."""
+    def _assigned(self, guest: HostedGuest, migration: str, shapes: tuple[BlockShape, ...]) -> HostedGuest:
+        """The guest in readiness, if this is one. Refused if not, or if its RAM is not fresh (R11)."""
+        if not guest.in_readiness:
+            raise Refused(f"a guest named {guest.name!r} is here already")
+        if guest.ram.shapes != shapes:
+            raise Refused(
+                f"guest {guest.name!r} in readiness has RAM {_told(guest.ram.shapes)}, not {_told(shapes)}"
+            )
+        if not guest.ram.blank():
+            raise Refused(f"the RAM of guest {guest.name!r} in readiness is not zero: start its QEMU anew")
+        guest.expect(migration)
+        guest.pin(migration)
+        return guest
+
+    async def _watch(self, guest: HostedGuest, process: SpawnedProcess, pidfd: int) -> None:
+        """A spawned process is reaped when it ends, and missed even if it never attached.
+
+        What it has started goes with it, if it was killed before its guest ran here.
+        """
         try:
             await _ended(pidfd)
+            if guest.state is GuestState.INCOMING:
+                process.kill()
             process.wait()
             guest.ram.unlink()
         finally:
@@ -298,6 +318,10 @@ class GuestRegistry:
             # It outlives its daemon on purpose: no warning from Popen's destructor.
             process.returncode = process.returncode or 0
         self._remove(guest)
+
+
+def _told(shapes: Sequence[BlockShape]) -> str:
+    return " + ".join(f"{shape.name} of {shape.bytes >> 20} MiB" for shape in shapes)
 
 
 async def _unlink_at_end(ram: RamLayout, pid: int) -> None:

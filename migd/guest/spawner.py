@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +19,19 @@ _SPARE_AFTER_S = 2.0
 """From the use of a spare to the start of the next: its 0.1 s of processor shall not slow the migration."""
 
 _EXIT_S = 2.0
+
+
+class SpawnedProcess(subprocess.Popen[bytes]):
+    """A process for an incoming guest, which leads a session, and so a process group, of its own."""
+
+    def kill(self) -> None:
+        """And whatever it has started: a QEMU, perhaps.
+
+        The number of the group stays taken until the process is reaped.
+        """
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 class Spawner:
@@ -30,7 +46,7 @@ class Spawner:
         self._command = command
         self._socket = guest_socket
         self._log_dir = log_dir
-        self._spare: subprocess.Popen[bytes] | None = None
+        self._spare: SpawnedProcess | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def prepare(self) -> None:
@@ -38,7 +54,7 @@ class Spawner:
         if not self._command and self._spare is None:
             self._spare = self._start_stub()
 
-    def spawn(self, name: str, migration: str) -> subprocess.Popen[bytes]:
+    def spawn(self, name: str, migration: str) -> SpawnedProcess:
         """A process that will attach as this guest. OSError if none can be started."""
         if self._command:
             return self._start_command(name, migration)
@@ -68,8 +84,8 @@ class Spawner:
     def _log(self, name: str) -> Path:
         return self._log_dir / f"guest-{name}.log"
 
-    def _start_stub(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+    def _start_stub(self) -> SpawnedProcess:
+        return SpawnedProcess(
             [sys.executable, "-m", "migd.guest.incoming", str(self._socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -77,7 +93,7 @@ class Spawner:
             start_new_session=True,
         )
 
-    def _start_command(self, name: str, migration: str) -> subprocess.Popen[bytes]:
+    def _start_command(self, name: str, migration: str) -> SpawnedProcess:
         command = [
             word.replace("{socket}", str(self._socket))
             .replace("{name}", name)
@@ -85,7 +101,7 @@ class Spawner:
             for word in self._command
         ]
         with self._log(name).open("ab") as output:
-            return subprocess.Popen(
+            return SpawnedProcess(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 

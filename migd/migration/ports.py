@@ -197,9 +197,12 @@ class DirtyLog(Protocol):
 
 @dataclass(frozen=True)
 class PauseReport:
-    """A paused guest's last words: its opaque device state and, if it can tell, its free pages (R14)."""
+    """A paused guest's last words: its opaque device state and, if it can tell, its free pages (R14).
 
-    device_state: bytes
+    Without the device state it is to be asked for, with ``SourceGuest.save``.
+    """
+
+    device_state: bytes | None
     free: PageBitmap | None
 
 
@@ -246,6 +249,9 @@ class SourceGuest(Protocol):
         """Returns when that was said, or after ``verdict_s``. GuestError if the guest is paused for it."""
 
     async def pause(self, migration: str) -> PauseReport: ...
+    async def save(self) -> bytes:
+        """The device state of the paused guest, where its report did not bring it."""
+
     async def resume(self) -> None: ...
     async def release(self) -> None: ...
     async def lost(self) -> None:
@@ -273,6 +279,10 @@ class LoadedGuest(Protocol):
     """A guest process at its destination from READY on, as far as the hand-over needs it."""
 
     name: str
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether a self-check is worth waiting for."""
 
     @property
     def gone(self) -> bool:

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from migd.ram.bitmap import PageBitmap, PageIndices, Run
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 
+_LOOK_PAGES = 512
+"""2 MiB, which stay in the processor's cache."""
+
 
 class RamLayout:
     """The blocks of a guest as one flat page space, block 0's pages first.
@@ -54,6 +57,19 @@ class RamLayout:
             for run in block.touched(low, high):
                 touched.add_run(first + run[0], first + run[1])
         return touched & wanted
+
+    def blank(self) -> bool:
+        """Whether all of it reads zero (R11). Where it was never touched nothing is read; the rest at 5 GB/s.
+
+        GuestError if it cannot be read.
+        """
+        runs = self.touched().runs()
+        pieces = (
+            (low, min(low + _LOOK_PAGES, stop))
+            for start, stop in runs
+            for low in range(start, stop, _LOOK_PAGES)
+        )
+        return not any(pages.any() for pages in self.look(pieces))
 
     def read(self, indices: PageIndices, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Copy pages (ascending indices) into the first rows of ``out``; see ``RamBlock.read``."""

@@ -123,7 +123,8 @@ class HandOver:
         except PeerError as error:
             log.info("%s: no self-check of the guest: %s", self._attempt.migration, error)
             return
-        self._result.checked_pages, self._result.wrong_pages = checked.pages, checked.wrong
+        if checked.pages:
+            self._result.checked_pages, self._result.wrong_pages = checked.pages, checked.wrong
 
     def leave(self) -> None:
         """This daemon ends: the guest's check is not waited for any longer, nor if it is still to come."""

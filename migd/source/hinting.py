@@ -18,8 +18,11 @@ class Hinting:
         self._applied_before = 0
         self._answered = False
 
-    async def contract(self, *, sees_writes: bool = True) -> FreeContract:
-        """What the guest expects of free pages; NONE, and why, where its hints are not used (R12, R19)."""
+    async def contract(self, *, sees_writes: bool = True, missing: str = "") -> FreeContract:
+        """What the guest expects of free pages; NONE, and why, where its hints are not used (R12, R19).
+
+        ``missing``: why there is no log that sees writes, and how to get one.
+        """
         result = self._attempt.result
         if not self._attempt.options.hints:
             return FreeContract.NONE
@@ -28,6 +31,7 @@ class Hinting:
             return FreeContract.NONE
         if not sees_writes and not self._attempt.guest.reports_free_at_pause:
             result.hints = "not used: the compare log needs the guest's free pages at the pause"
+            result.hints += f" ({missing})" if missing else ""
             return FreeContract.NONE
         contract = await self._channel.declare(self._attempt.limits.hint_first_s)
         if contract is FreeContract.NONE:

@@ -16,6 +16,7 @@ from migd.source.batcher import BATCH_PAGES
 from migd.source.hinting import Hinting
 from migd.source.precopy import Precopy
 from migd.source.tracking import Tracking
+from migd.tasks import together
 from migd.wire import handshake, messages
 from migd.wire.codec import CodecChoice
 from migd.wire.protocol import Codec, Feature
@@ -47,6 +48,7 @@ class Phases:
         self._paused_s = 0.0
         self.tracking = Tracking(attempt)
         self.device_state = b""
+        self._saved: bytes | None = None
         self.paused = False
         """The guest was asked to pause, whether it has answered or not."""
         self._strict = False
@@ -94,7 +96,7 @@ class Phases:
         """Let go of the buffers and of 16 bytes for each page: the session may be remembered for long."""
         self._precopy = None
         self.tracking.forget()
-        self.device_state = b""
+        self.device_state, self._saved = b"", None
 
     async def _connect(self) -> messages.Accept:
         shapes = self._guest.ram.shapes
@@ -125,7 +127,7 @@ class Phases:
         await self._attempt.enter(SourceState.ARMING)
         await self.tracking.arm()
         sees_writes = self.tracking.sees_writes
-        contract = await self._hinting.contract(sees_writes=sees_writes)
+        contract = await self._hinting.contract(sees_writes=sees_writes, missing=self.tracking.missing)
         self._ledger.arm(contract, sees_writes=sees_writes)
 
     async def _bulk(self) -> None:
@@ -191,7 +193,10 @@ class Phases:
         report = await self._guest.pause(self._attempt.migration)
         self._paused_s = self._attempt.clock.now()
         self._result.downtime.pause_s = self._paused_s - self._pause_began_s
-        self.device_state = report.device_state
+        self._saved = report.device_state
+        if not self.tracking.sees_writes:
+            # Comparing is the last look at RAM, and saving the state may have changed it.
+            await self._save()
         if not self.tracking.armed:
             # Paused from the first byte on: nothing writes, so there is nothing to track.
             self._ledger.arm(FreeContract.NONE if report.free is None else await self._hinting.contract())
@@ -215,7 +220,7 @@ class Phases:
     async def _switch_over(self) -> None:
         """The rest of RAM, device state, one more harvest (R13), END and FINISH."""
         await self._attempt.enter(SourceState.SWITCHOVER)
-        await self._send_rest()
+        await together(self._save(), self._send_rest())
         finish = await self._peer.send_state(self.device_state)
         await self._send_late()
         await self._verify_compared()
@@ -226,6 +231,15 @@ class Phases:
             await self._verify_strictly()
         await self.precopy.end()
         await self._peer.control.send(finish)
+
+    async def _save(self) -> None:
+        """The device state, unless the pause brought it: asked for while the rest of RAM is sent.
+
+        It is in the same order to the guest as R13 has it: whatever saving does to RAM is harvested behind.
+        """
+        if self._saved is None:
+            self._saved = await self._guest.save()
+        self.device_state = self._saved
 
     async def _send_late(self) -> None:
         """R13: what was written although the guest is paused, once; a second time ends the attempt.

@@ -37,6 +37,8 @@ class Tracking:
         self._log: DirtyLog | None = None
         self._free: PageBitmap | None = None
         self._image: SentImage | None = None
+        self.missing = ""
+        """Why no log sees writes, and what would help, if one was asked for and cannot be had."""
 
     async def arm(self) -> None:
         """R1: the log first. LiveUnsupported if the one that was asked for is not to be had here."""
@@ -53,6 +55,7 @@ class Tracking:
             if choice is DirtyLogChoice.USERFAULTFD:
                 raise LiveUnsupported(f"{error}; use --dirty-log compare, or --paused") from error
             log.warning("%s: %s; comparing content instead", self._attempt.migration, error)
+            self.missing = str(error)
             return self._compare_log()
 
     def _compare_log(self) -> CompareLog:

@@ -150,9 +150,9 @@ async def test_the_contract_holds_only_if_everything_fits(hello: Hello, contract
         assert await guest.channel.declare(10) is contract
 
 
-async def test_the_first_declaration_stands() -> None:
+async def test_the_newest_declaration_counts_as_the_guest_may_have_been_restarted() -> None:
     async with hinting() as guest:
-        await guest.say(Hello(FreeContract.NONE, 1, 4096, PAGES), HELLO)
+        await guest.say(HELLO, Hello(FreeContract.NONE, 1, 4096, PAGES))
         assert await guest.channel.declare(10) is FreeContract.NONE
 
 

@@ -218,7 +218,7 @@ class Registry:
             return
         ends: list[Any] = [sock, hints]
         link = GuestLink(ends[0], guest.name)
-        guest.connect(link, SocketHints(ends[1], guest.ram.pages, self._limits), 1)
+        guest.connect(link, SocketHints(ends[1], guest.ram.pages, self._limits))
         self._said(f"guest {guest.name} attached, {guest.state}")
         try:
             if not new_ram:
