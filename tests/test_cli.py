@@ -32,8 +32,8 @@ def pair() -> Iterator[DaemonPair]:
 
 def test_the_commands() -> None:
     assert COMMANDS == [
-        "attach", "cancel", "clean", "config", "demo", "destination", "doctor", "events", "guest", "history",
-        "list", "migrate", "resolve", "serve", "set", "source", "status", "wait",
+        "agent", "attach", "cancel", "clean", "config", "demo", "destination", "doctor", "events", "guest",
+        "history", "list", "migrate", "preload", "qemu", "resolve", "serve", "set", "source", "status", "wait",
     ]  # fmt: skip
 
 

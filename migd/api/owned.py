@@ -123,6 +123,22 @@ class OwnedDaemon(Daemon):
         self._guests.append(guest)
         return guest
 
+    def start_qemu(
+        self, name: str, command: Sequence[str] = (), ram: str | int = "1Gi", *, qmp: Path | None = None
+    ) -> Guest:
+        """A guest under a stock QEMU here, on its way: ``ready`` waits for QEMU, not for what it boots.
+
+        Started by ``command``, with the placeholders of ``migd qemu``, or found at ``qmp``: that one is
+        somebody else's, and goes on when we end.
+        """
+        log = self._private / f"guest-{next(self._numbers)}.log"
+        how = ["--qmp", str(qmp)] if qmp is not None else ["--ram", str(ram), "--", *command]
+        socket_path = self.runtime_dir / "guest.sock"
+        child = self._family.start(log, "qemu", "--name", name, "--socket", str(socket_path), *how)
+        guest = Guest(name, child.pid, log, child)
+        self._guests.append(guest)
+        return guest
+
     def end_guests(self) -> None:
         """End every guest that is here, and return when the daemon has noticed. TimedOut if it does not."""
         for guest in self._guests:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from migd import __version__
+from migd.cli.agent import agent
 from migd.cli.clean import clean
 from migd.cli.config import config_
 from migd.cli.daemons import destination, serve, source
@@ -15,6 +16,7 @@ from migd.cli.doctor import doctor
 from migd.cli.guest import guest
 from migd.cli.migrate import cancel, migrate, resolve
 from migd.cli.options import Size, die, json_option
+from migd.cli.qemu import preload, qemu
 from migd.cli.set import set_
 from migd.cli.status import history, list_all, status
 from migd.cli.watch import attach, events, wait
@@ -66,7 +68,8 @@ def demo(ram: int, rate: int, as_json: bool) -> None:
 
 
 COMMANDS = (
-    *(serve, source, destination, guest),
+    *(serve, source, destination),
+    *(guest, qemu, agent, preload),
     *(migrate, cancel, resolve, set_),
     *(attach, wait, events),
     *(status, list_all, history),

@@ -194,3 +194,26 @@ def store(address: int, data: NDArray[np.uint8]) -> None:
             code = ctypes.get_errno()
             raise OSError(code, f"process_vm_writev: {os.strerror(code)}")
         done += count
+
+
+def write_tracked(pagemap_fd: int, address: int, length: int) -> bool:
+    """Whether all of a range is registered for asynchronous write-protection; looks, and changes nothing.
+
+    OSError where the kernel has no PAGEMAP_SCAN (before 6.7).
+    """
+    regions = np.empty((_MAX_REGIONS, 3), np.uint64)
+    allowed = _PAGE_IS_WPALLOWED
+    start, end = address, address + length
+    while start < end:
+        arguments = bytearray(
+            _SCAN_ARGUMENTS.pack(
+                *(_SCAN_ARGUMENTS.size, 0, start, end, 0, regions.ctypes.data, _MAX_REGIONS, 0),
+                *(0, allowed, 0, allowed),
+            )
+        )
+        count = fcntl.ioctl(pagemap_fd, _PAGEMAP_SCAN, arguments)
+        walked = _SCAN_ARGUMENTS.unpack(arguments)[4]
+        if walked <= start or int((regions[:count, 1] - regions[:count, 0]).sum()) != walked - start:
+            return False
+        start = walked
+    return True

@@ -1,0 +1,108 @@
+"""Monitor: one QMP connection to a QEMU, every command bounded in time and every failure a GuestError."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPClient, QMPError, Runstate
+from qemu.qmp.message import Message
+from qemu.qmp.qmp_client import ExecuteError
+
+from migd.errors import GuestError
+
+COMMAND_S = 2.0
+"""For one command: QEMU answers within a millisecond unless its main loop is held up."""
+
+_RETRY_S = 0.02
+_UCRED = struct.Struct("3i")
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it logs is raised, too
+
+
+class CommandRefused(GuestError):
+    """QEMU understood a command and declined it; the message has its reason."""
+
+
+class Monitor:
+    """Owns the connection until ``close``. ``on_event`` is called with (name, data, realtime in ns)."""
+
+    def __init__(self, client: QMPClient, path: Path, listener_pid: int) -> None:
+        self.path = path
+        self.listener_pid = listener_pid
+        """Who made the socket: the QEMU, or what started it with a socket of its own (libvirt)."""
+        self.on_event: Callable[[str, dict[str, Any], int], None] = lambda _name, _data, _at_ns: None
+        self._client = client
+        self._events = asyncio.ensure_future(self._dispatch())
+
+    @classmethod
+    async def connect(cls, path: Path, timeout_s: float, *, retry: bool = False) -> Monitor:
+        """GuestError if nobody answers there; with ``retry`` not before the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    client, sock = QMPClient(path.name), socket.socket(socket.AF_UNIX)
+                    try:
+                        sock.connect(str(path))
+                        pid, _, _ = _UCRED.unpack(
+                            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+                        )
+                        sock.setblocking(False)
+                        await client.connect(sock)
+                        return cls(client, path, pid)
+                    except (QMPError, OSError) as error:
+                        sock.close()
+                        reason = error.__cause__ or error
+                        if not retry:
+                            raise GuestError(f"{path}: no QMP there: {reason}") from error
+                    await asyncio.sleep(_RETRY_S)
+        except TimeoutError as error:
+            busy = "; a monitor socket serves one client at a time, give migd one of its own"
+            raise GuestError(f"{path}: no QMP greeting within {timeout_s:g} s{busy}") from error
+
+    async def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """What QEMU returns. CommandRefused with its words; GuestError if it is silent or gone."""
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise CommandRefused(f"QEMU refused {command}: {error}") from error
+        except TimeoutError as error:
+            raise GuestError(f"QEMU did not answer {command} within {COMMAND_S:g} s") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise GuestError(f"QEMU is gone: {command} was not answered") from error
+
+    async def lend(self, name: str, fd: int) -> None:
+        """Hand QEMU a descriptor that ``fd:NAME`` then means to it; ours stays open."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise GuestError(f"QEMU takes no descriptor: {error}") from error
+        await self.ask("getfd", {"fdname": name})
+
+    async def ended(self) -> None:
+        """Returns when QEMU has closed the connection."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """Give the connection up; QEMU goes on."""
+        self._events.cancel()
+        with suppress(QMPError, OSError, EOFError, TimeoutError):
+            async with asyncio.timeout(COMMAND_S):
+                await self._client.disconnect()
+
+    async def _dispatch(self) -> None:
+        while True:
+            event: Message = await self._client.events.get()
+            at = event["timestamp"]
+            assert isinstance(at, dict)
+            data = event.get("data", {})
+            assert isinstance(data, dict)
+            self.on_event(str(event["event"]), data, at["seconds"] * 10**9 + at["microseconds"] * 1000)

@@ -1,0 +1,102 @@
+"""StateStream: QEMU's device state, out of one QEMU's `migrate` and into another's, over a socket of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+from migd.errors import GuestError
+from migd.qemu.monitor import COMMAND_S, Monitor
+
+LOAD_S = 5.0
+
+_POLL_S = 0.0005
+_NAME = "migd-state"
+_READ_BYTES = 1 << 20
+_MAX_BYTES = 1 << 30
+
+
+class StateStream:
+    """One end is ours until ``close``, the other QEMU's, by the name ``fd:migd-state``."""
+
+    def __init__(self, monitor: Monitor, sock: socket.socket) -> None:
+        self._monitor = monitor
+        self._sock = sock
+
+    @classmethod
+    async def open(cls, monitor: Monitor) -> StateStream:
+        """Before the guest is paused, since it takes half a millisecond."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                await monitor.lend(_NAME, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        return cls(monitor, ours)
+
+    async def save(self) -> tuple[bytearray, int]:
+        """The state of the stopped guest, and how many bytes of RAM QEMU has counted into it."""
+        await self._monitor.ask("migrate", {"uri": f"fd:{_NAME}"})
+        state = await self._drained()
+        info = await completed(self._monitor, COMMAND_S)
+        return state, int(info.get("ram", {}).get("total", 0))
+
+    async def await_state(self) -> None:
+        """QEMU, started with ``-incoming defer``, begins to wait for a state."""
+        await self._monitor.ask("migrate-incoming", {"uri": f"fd:{_NAME}"})
+
+    async def load(self, state: memoryview) -> None:
+        """Returns when QEMU has taken it in. GuestError if it does not, or ends over it."""
+        try:
+            async with asyncio.timeout(LOAD_S):
+                await asyncio.get_running_loop().sock_sendall(self._sock, state)
+                self._sock.shutdown(socket.SHUT_WR)
+        except (TimeoutError, OSError) as error:
+            raise GuestError(f"QEMU did not take the device state in: {error}") from error
+        await completed(self._monitor, LOAD_S)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    async def _drained(self) -> bytearray:
+        """All that QEMU writes until it closes its end. GuestError if it takes too long or is too much."""
+        loop = asyncio.get_running_loop()
+        state = bytearray()
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                while part := await loop.sock_recv(self._sock, _READ_BYTES):
+                    state += part
+                    if len(state) > _MAX_BYTES:
+                        raise GuestError(f"QEMU's device state exceeds {_MAX_BYTES} bytes")
+        except TimeoutError as error:
+            raise GuestError(f"QEMU did not save its device state within {COMMAND_S:g} s") from error
+        return state
+
+
+async def completed(monitor: Monitor, timeout_s: float) -> dict[str, Any]:
+    """What QEMU says of its migration, of the device state, once that is over. GuestError if it failed."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while (info := await monitor.ask("query-migrate")).get("status") != "completed":
+                if info.get("status") in ("failed", "cancelled"):
+                    raise GuestError(f"QEMU: {info.get('error-desc') or info['status']}")
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError as error:
+        raise GuestError(f"QEMU is not done with the device state after {timeout_s:g} s") from error
+    return dict(info)
+
+
+async def cancelled(monitor: Monitor) -> None:
+    """A migration of QEMU's own that was begun ends, so that the guest can go on."""
+    if (await monitor.ask("query-migrate")).get("status") not in ("setup", "active", "device"):
+        return
+    await monitor.ask("migrate_cancel")
+    try:
+        async with asyncio.timeout(COMMAND_S):
+            while (await monitor.ask("query-migrate")).get("status") != "cancelled":  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError as error:
+        raise GuestError("QEMU does not end its migration") from error
