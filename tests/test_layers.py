@@ -2,7 +2,7 @@
 
 ::
 
-    { bench cli demo report pytest_plugin } -> { api daemon doctor lab leftovers qemu }
+    { bench cli demo report pytest_plugin versus } -> { api daemon doctor lab leftovers qemu }
         -> { control guest transport source destination }
         -> migration -> { ledger wire } -> ram -> { config host metrics log }
         -> { limits sizes tasks } -> errors
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: list[set[str]] = [
     {"__main__"},
-    {"bench", "cli", "demo", "report", "pytest_plugin"},
+    {"bench", "cli", "demo", "report", "pytest_plugin", "versus"},
     {"api", "daemon", "doctor", "lab", "leftovers", "qemu"},
     {"control", "guest", "transport", "source", "destination"},
     {"migration"},
@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"limits", "sizes", "tasks"},
     {"errors"},
 ]
-BESIDE = {"cli": {"demo", "report"}, "demo": {"cli", "report"}}
+BESIDE = {"cli": {"demo", "report"}, "demo": {"cli", "report", "versus"}, "versus": {"bench", "report"}}
 """The demo stands beside the command line and may import anything."""
 
 NEVER: dict[str, set[str]] = {

@@ -102,7 +102,7 @@ def agent(context: click.Context, what: str | None) -> None:
 
     \b
     migd agent --install                        says how it is installed
-    migd agent --print | ssh root@VM 'cat > /root/agent.py && python3 /root/agent.py --info'
+    migd agent --print | ssh root@VM python3 - --info
                                                 shows what it would tell
     """
     if what == "install":

@@ -238,7 +238,8 @@ def _text(path: str) -> str:
 # -- which pages are free ---------------------------------------------------------------------------------
 
 WINDOW_PAGES = 1 << 14
-"""64 MiB of RAM: the host has the first answer while the rest is looked at, and the buffer is 128 KiB."""
+"""64 MiB of RAM, 128 KiB of flags. With 16 MiB a GiB takes up to half as long again; with 256 MiB an answer
+writes to 350 pages of the agent's own instead of 200, and the host waits longer for the first of it."""
 
 _FLAG_BYTES = 8
 _BUDDY_BYTE, _BUDDY_BIT = 1, 1 << 2
@@ -451,6 +452,11 @@ class Pause:
         self._longest_s = longest_s
         self._next_s = SHORTEST_PAUSE_S
 
+    @property
+    def is_long(self) -> bool:
+        """It sleeps no longer than it has: there was nothing for a while."""
+        return self._next_s == self._longest_s
+
     def sleep(self) -> None:
         time.sleep(self._next_s)
         self._next_s = min(2 * self._next_s, self._longest_s)
@@ -649,7 +655,9 @@ class Agent:
             if ready & ~select.POLLOUT:
                 data = port.read()
                 if data is None:
-                    talk.forget()
+                    # The kernel may hand out what a host says before it has heard that there is one again.
+                    if absence.is_long:
+                        talk.forget()
                     absence.sleep()
                     continue
                 absence.reset()
@@ -688,8 +696,9 @@ _verbose = False
 
 def say(text: str) -> None:
     """A line for the operator."""
-    sys.stderr.write(f"migd-agent: {text}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(f"migd-agent: {text}\n")
+        sys.stderr.flush()
 
 
 def whisper(text: str) -> None:

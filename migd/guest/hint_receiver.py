@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from migd.guest import hints
@@ -19,6 +20,10 @@ log = logging.getLogger(__name__)
 
 MAX_REJECTED = 1000
 """Bad records before the channel is closed and everything is sent (R7): a few are noise on a serial port."""
+
+_AHEAD_PAGES = 1 << 14
+"""64 MiB. An agent in a Linux guest answers from the lowest page on, even under emulation 64 MiB in some 10 ms,
+and memory is sent from the lowest page on as well, at a tenth of that."""
 
 _READ_BYTES = 1 << 14
 """At a time: zlib may inflate what arrives a thousandfold."""
@@ -41,7 +46,12 @@ class _Answer:
     sink: HintSink
     expires_s: float
     seen: PageBitmap
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ahead: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+
+    def end(self) -> None:
+        self.ended = True
+        self.ahead.set()
 
 
 class SocketHints:
@@ -97,17 +107,18 @@ class SocketHints:
         self._heard_bytes = 0
         self._tell(hints.Request(epoch))
 
-    async def answered(self, epoch: int, timeout_s: float) -> bool:
-        """Whether the answer to ``epoch`` is complete, waiting for it at most ``timeout_s``."""
+    async def ahead(self, epoch: int, timeout_s: float) -> None:
+        """See ``migd.migration.ports.HintChannel``."""
         answer = self._answer
         if answer is None or answer.epoch != epoch:
-            return False
-        try:
+            return
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await answer.ended.wait()
-        except TimeoutError:
-            return False
-        return True
+                await answer.ahead.wait()
+
+    def answered(self, epoch: int) -> bool:
+        """Whether the answer to ``epoch``, the last request, is complete."""
+        return self._answer is not None and self._answer.epoch == epoch and self._answer.ended
 
     async def done(self) -> None:
         """Nobody listens any more (R15); the count of rejected records begins anew with the next request."""
@@ -171,7 +182,7 @@ class SocketHints:
                 self._deliver(answer, epoch, self._from_bitmap(start, pages, bits))
             case End(epoch):  # of an earlier one: late, and nothing to hold against the guest
                 if epoch == answer.epoch:
-                    answer.ended.set()
+                    answer.end()
             case _:
                 self._refused += 1
 
@@ -183,6 +194,8 @@ class SocketHints:
                 self._refused += 1
                 return
             answer.seen |= free
+            if answer.seen.stop() >= _AHEAD_PAGES:
+                answer.ahead.set()
         answer.sink(epoch, free)
 
     def _from_ranges(self, ranges: tuple[tuple[int, int], ...]) -> PageBitmap:
@@ -210,5 +223,5 @@ class SocketHints:
         log.warning("hint channel closed: %s (%d bad records)", why, self.rejected)
         self.distrusted = True
         if self._answer is not None:
-            self._answer.ended.set()
+            self._answer.end()
         self.close()

@@ -7,9 +7,10 @@ After each iteration ``decide`` looks at what is left and returns one of four an
 3. else ITERATE.
 
 The estimated pause is the time to send what is left at the rate seen so far, plus the time that the rest
-of the switchover needs (device state, hand-over), plus what the last harvest costs the paused guest. With a
-log that compares content that may be more than the limit by itself. Then no number of iterations can meet it,
-and once what is left takes less time than the harvest, another one gains nothing: that counts as used up.
+of the switchover needs (hand-over), plus what this guest's pause takes whatever is left: the last harvest of
+a log that compares content, the device state of a machine under QEMU. That may be more than the limit by
+itself. Then no number of iterations can meet it, and once what is left takes less time than that, another one
+gains nothing: that counts as used up.
 """
 
 from __future__ import annotations
@@ -84,13 +85,13 @@ class Standing:
     left_bytes: int
     rate_bytes_s: float
     """Bytes of guest RAM per second through the pipe so far; 0 before anything was sent."""
-    harvest_s: float = 0.0
-    """What the harvest of the paused guest will take; 0 with the kernel's log."""
+    fixed_s: float = 0.0
+    """What the pause takes whatever is left; 0 with the kernel's log and the stub."""
 
 
 def estimated_pause_s(standing: Standing) -> float:
     """How long the guest would stand still if it were paused now; infinite while no rate is known."""
-    return _sending_s(standing) + standing.harvest_s + SWITCHOVER_OVERHEAD_S
+    return _sending_s(standing) + standing.fixed_s + SWITCHOVER_OVERHEAD_S
 
 
 def _sending_s(standing: Standing) -> float:
@@ -102,8 +103,8 @@ def _sending_s(standing: Standing) -> float:
 
 
 def out_of_reach(policy: Policy, standing: Standing) -> bool:
-    """The harvest alone takes longer than the guest may be paused."""
-    return standing.harvest_s > policy.downtime_limit_s
+    """What the pause takes in any case is longer than the guest may be paused."""
+    return standing.fixed_s > policy.downtime_limit_s
 
 
 def decide(policy: Policy, standing: Standing) -> Decision:
@@ -111,7 +112,7 @@ def decide(policy: Policy, standing: Standing) -> Decision:
     reachable = not out_of_reach(policy, standing)
     if reachable and (standing.left_bytes == 0 or estimated_pause_s(standing) <= policy.downtime_limit_s):
         return Decision.SWITCHOVER
-    futile = not reachable and _sending_s(standing) <= standing.harvest_s
+    futile = not reachable and _sending_s(standing) <= standing.fixed_s
     if futile or standing.iterations >= policy.max_iterations or standing.elapsed_s >= policy.max_total_s:
         return Decision.FORCE if policy.on_exhausted is Exhausted.FORCE else Decision.CANCEL
     return Decision.ITERATE

@@ -223,7 +223,13 @@ class HintChannel(Protocol):
 
     async def declare(self, timeout_s: float) -> FreeContract: ...
     async def request(self, epoch: int, sink: HintSink) -> None: ...
-    async def answered(self, epoch: int, timeout_s: float) -> bool: ...
+    async def ahead(self, epoch: int, timeout_s: float) -> None:
+        """Returns when the answer is complete, or so far ahead of a reader that begins at the first page that
+        it need not wait; at the latest after ``timeout_s``."""
+
+    def answered(self, epoch: int) -> bool:
+        """Whether the answer is complete."""
+
     async def done(self) -> None: ...
 
 
@@ -235,6 +241,11 @@ class SourceGuest(Protocol):
 
     @property
     def hints(self) -> HintChannel | None: ...
+    @property
+    def handover_s(self) -> float:
+        """What saving it here and loading and starting it there takes of the pause, beyond what every guest's
+        takes."""
+
     @property
     def reports_free_at_pause(self) -> bool:
         """Whether its pause reports will have the free pages (R14); the compare log asks beforehand (R19)."""

@@ -253,6 +253,7 @@ class Companion:
             link.send(control.Armed(id=message.id, addresses=armed.addresses, log=armed.log), fds)
         finally:
             control.close_all(fds)
+        await machine.prepare()  # while memory is sent: nobody waits
 
     async def _load(self, machine: QemuMachine, fds: list[int]) -> None:
         if not fds:

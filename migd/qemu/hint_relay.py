@@ -67,7 +67,7 @@ class HintRelay:
                 raise
         self._lost.clear()
         self._port, self._decoder = sock, HintDecoder()
-        self._loop.add_reader(sock, self._from_agent)
+        self._listen()
         self.greet()
 
     def greet(self) -> None:
@@ -91,6 +91,7 @@ class HintRelay:
             self._daemon.close()
             self._daemon = None
         self._to_daemon.clear()
+        self._listen()
 
     def _from_daemon(self) -> None:
         assert self._daemon is not None
@@ -150,6 +151,10 @@ class HintRelay:
             self.release()
         if self._daemon is not None:
             self._loop.remove_writer(self._daemon)
+        self._listen()
+
+    def _listen(self) -> None:
+        """To the agent, as little waits for the daemon by now."""
         if self._port is not None:
             self._loop.add_reader(self._port, self._from_agent)
 

@@ -71,7 +71,7 @@ class QemuMachine:
         self.state = GuestState.RUNNING
         self.migration = ""
         self.map = self._mapped(found)
-        self.hint_socket = found.hint_socket
+        self.hint_socket = found.hint_socket and os.path.join(f"/proc/{process.pid}/cwd", found.hint_socket)
         self.name = found.name
         self._found = found
         self._memos = memos
@@ -171,10 +171,10 @@ class QemuMachine:
         mappings = self._tracking.mappings()
         self._tracking.refuse_other_writers(friends)
         log = self._tracking.log(self._found)
-        await self._prepare(holds_still=log is Log.SOFT_DIRTY)
         addresses = tuple(mapping.address for mapping in mappings)
         if log is Log.USERFAULTFD:
             return Armed(addresses, log, self.process.open_pagemap())
+        await self.prepare(holds_still=True)
         self._drop_marks()
         self._marks = self._tracking.marks()
         await self.harvest()
@@ -223,7 +223,7 @@ class QemuMachine:
             raise GuestError("the guest has not started here: it cannot be paused")
         if self.state is GuestState.RUNNING:
             self._require_running((await self.monitor.ask("query-status"))["status"])
-            await self._prepare()
+            await self.prepare()
             await self._memos.write(Memo(GuestState.PAUSED, migration, self._settings))
             self._stream = await StateStream.open(self.monitor)
             await self._stop()
@@ -241,8 +241,8 @@ class QemuMachine:
             self._stream.close()
             self._stream = None
 
-    async def _prepare(self, *, holds_still: bool = False) -> None:
-        """migd's migration settings instead of QEMU's own, which are noted first."""
+    async def prepare(self, *, holds_still: bool = False) -> None:
+        """migd's migration settings instead of QEMU's own, which are noted first: 8 ms before the pause."""
         if self._settings is None:
             settings = await Settings.of(self.monitor)
             await self._memos.write(Memo(self.state, self.migration, settings, holds_still))

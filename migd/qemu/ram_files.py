@@ -19,9 +19,11 @@ def open_ram(backend: Backend, pid: int) -> int:
     path = backend.path
     if path.startswith(_PROC_SELF):
         path = f"/proc/{pid}/{path.removeprefix(_PROC_SELF)}"
-    if path and not os.path.isdir(path):
+    elif path:
+        path = os.path.join(f"/proc/{pid}/cwd", path)
+    if os.path.exists(path) and not os.path.isdir(path):
         return _opened(path, backend)
-    # Without a name of its own: a directory was given to -object, or it is a memfd.
+    # Without a name: a directory was given to -object, the file was deleted since, or it is a memfd.
     found = {_identity(link): link for link in _links(pid) if _may_be(link, backend)}
     if len(found) != 1:
         raise GuestError(
@@ -53,7 +55,7 @@ def _may_be(link: Path, backend: Backend) -> bool:
     return (
         stat.S_ISREG(status.st_mode)
         and status.st_size == backend.bytes
-        and target.startswith(backend.path or "/memfd:")
+        and (backend.path or "/memfd:") in target
     )
 
 

@@ -20,6 +20,9 @@ guest may think of them, and the rest is not worth a rule."""
 _ALIGNED_PAGES = 64
 """Where a bitmap frame may begin (docs/hint-protocol.md)."""
 
+_FRAME_PAGES = 1 << 22
+"""Of one bitmap frame: half of what it may have, as it grows when its bits are moved."""
+
 _VIEW = re.compile(r'^ AS "memory"', re.MULTILINE)
 _LINE = re.compile(
     r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?(?: .*)?$",
@@ -88,7 +91,10 @@ class RamMap:
             page, lead = (segment.offset + low - segment.gpa) // PAGE_BYTES, 0
             page, lead = page - page % _ALIGNED_PAGES, page % _ALIGNED_PAGES
             piece = (whole >> first & (1 << count) - 1) << lead
-            yield page * PAGE_BYTES, count + lead, piece.to_bytes(-(-(count + lead) // 8), "little")
+            moved = piece.to_bytes(-(-(count + lead) // 8), "little")
+            for at in range(0, count + lead, _FRAME_PAGES):
+                size = min(_FRAME_PAGES, count + lead - at)
+                yield (page + at) * PAGE_BYTES, size, moved[at // 8 : -(-(at + size) // 8)]
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
         """The part of each segment in these guest-physical bytes that may be hinted."""

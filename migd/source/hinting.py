@@ -16,6 +16,7 @@ class Hinting:
         self._ledger = attempt.ledger
         self._asked_pages = 0
         self._applied_before = 0
+        self._epoch = 0
         self._answered = False
 
     async def contract(self, *, sees_writes: bool = True, missing: str = "") -> FreeContract:
@@ -53,9 +54,10 @@ class Hinting:
             return
         self._asked_pages = self._ledger.to_send.count()
         self._applied_before = self._ledger.tally.hints_applied
-        epoch = self._ledger.issue()
-        await channel.request(epoch, self._ledger.hint)
-        self._answered |= await channel.answered(epoch, self._attempt.limits.hint_first_s)
+        self._answered |= channel.answered(self._epoch)
+        self._epoch = self._ledger.issue()
+        await channel.request(self._epoch, self._ledger.hint)
+        await channel.ahead(self._epoch, self._attempt.limits.hint_first_s)
         self.check()
 
     def check(self) -> None:
@@ -72,6 +74,7 @@ class Hinting:
         if self._channel is not None:
             result, tally = self._attempt.result, self._ledger.tally
             result.hints_rejected = self._channel.rejected
+            self._answered |= self._channel.answered(self._epoch)
             if self._ledger.contract is not FreeContract.NONE:
                 result.hints = self._outcome(used=bool(tally.hints_applied or tally.trimmed))
             await self._channel.done()

@@ -167,9 +167,10 @@ class Phases:
     def _obstacle(self) -> str:
         """Why the guest cannot be paused within the limit."""
         if out_of_reach(self._attempt.policy, self._standing()):
+            doing = "comparing the paused guest's memory" if self.tracking.cost_s else "saving and loading it"
             return (
-                f"comparing the paused guest's memory takes {self.tracking.cost_s:.2f} s by itself, and the "
-                f"downtime limit is {self._attempt.policy.downtime_limit_s:g} s"
+                f"{doing} takes {self._fixed_s:.2g} s by itself, and the downtime limit is "
+                f"{self._attempt.policy.downtime_limit_s:g} s"
             )
         return (
             f"the guest writes faster than memory moves: {self._ledger.to_send.count()} pages left "
@@ -319,13 +320,17 @@ class Phases:
         self._ledger.check()
         self._attempt.iterated(iteration)
 
+    @property
+    def _fixed_s(self) -> float:
+        return self.tracking.cost_s + self._guest.handover_s
+
     def _standing(self) -> Standing:
         return Standing(
             iterations=len(self.precopy.iterations),
             elapsed_s=self._attempt.elapsed_s,
             left_bytes=self._ledger.to_send.count() * PAGE_BYTES,
             rate_bytes_s=self.precopy.rate_bytes_s,
-            harvest_s=self.tracking.cost_s,
+            fixed_s=self._fixed_s,
         )
 
     def _decide(self) -> Decision:

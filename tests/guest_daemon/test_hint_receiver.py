@@ -30,6 +30,7 @@ from migd.guest.hints import (
 from migd.limits import Limits
 from migd.ram.bitmap import PageBitmap
 from migd.ram.contract import FreeContract
+from tests.support.answers import complete
 
 PAGES = 1000
 RAM = PAGES * 4096
@@ -78,7 +79,7 @@ class Guest:
     async def runs(self, *frames: HintFrame, epoch: int = 7) -> Runs:
         """What an answer of these frames says, as one set."""
         await self.say(*frames, End(epoch, 0))
-        assert await self.channel.answered(epoch, 10)
+        assert await complete(self.channel, epoch, 10)
         together = PageBitmap(PAGES)
         for _, runs in self.found:
             for start, stop in runs:
@@ -256,7 +257,7 @@ async def test_a_next_answer_may_name_the_same_pages_again() -> None:
         for epoch in (7, 8):
             await guest.request(epoch)
             await guest.say(ranges((0, 4096), epoch=epoch), End(epoch, 1))
-            assert await guest.channel.answered(epoch, 10)
+            assert await complete(guest.channel, epoch, 10)
         assert guest.found == [(7, [(0, 1)]), (8, [(0, 1)])]
         assert guest.channel.rejected == 0
 
@@ -266,12 +267,12 @@ async def test_hints_arrive_as_they_come_and_the_answer_is_complete_with_its_end
         await guest.request()
         await guest.say(ranges((0, 4096)))
         assert guest.found == [(7, [(0, 1)])]
-        assert not await guest.channel.answered(7, 0.01)
+        assert not await complete(guest.channel, 7, 0.01)
         await guest.say(End(7, 1))
-        assert await guest.channel.answered(7, 10)
-        assert not await guest.channel.answered(6, 10)
+        assert await complete(guest.channel, 7, 10)
+        assert not await complete(guest.channel, 6, 0.01)
         await guest.channel.done()
-        assert not await guest.channel.answered(7, 10)
+        assert not await complete(guest.channel, 7, 10)
 
 
 # -- at the wrong time --------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ async def test_another_epoch_is_for_the_ledger_to_refuse_and_does_not_end_the_an
         await guest.request(7)
         await guest.say(ranges((0, 4096), epoch=6), End(6, 1), End(8, 1))
         assert guest.found == [(6, [(0, 1)])]
-        assert not await guest.channel.answered(7, 0.01)
+        assert not await complete(guest.channel, 7, 0.01)
         assert guest.channel.rejected == 0
         # Nor does it count as named already.
         await guest.say(ranges((0, 4096), epoch=7))
@@ -307,14 +308,14 @@ async def test_an_answer_after_its_window_does_not_count() -> None:
         await asyncio.sleep(0.05)
         await guest.say(ranges((4096, 8192)), End(7, 2))
         assert guest.found == [(7, [(0, 1)])]
-        assert not await guest.channel.answered(7, 0.01)
+        assert not await complete(guest.channel, 7, 0.01)
 
 
 async def test_a_silent_guest_costs_the_time_it_is_given_and_no_more() -> None:
     async with hinting() as guest:
         assert await guest.channel.declare(0.01) is FreeContract.NONE
         await guest.request()
-        assert not await guest.channel.answered(7, 0.01)
+        assert not await complete(guest.channel, 7, 0.01)
         await guest.channel.done()
 
 
@@ -335,10 +336,10 @@ async def test_the_end_of_the_channel_at_any_byte(cut: int) -> None:
         await guest.say(hints.encode(ranges((0, 4096), (8192, 12288)))[:cut])
         guest.sock.close()
         await guest.read()
-        assert not await guest.channel.answered(7, 0.01)
+        assert not await complete(guest.channel, 7, 0.01)
         assert await guest.channel.declare(0.01) is FreeContract.NONE
         await guest.request(8)
-        assert not await guest.channel.answered(8, 0.01)
+        assert not await complete(guest.channel, 8, 0.01)
         await guest.channel.done()
         assert not guest.channel.distrusted
         assert guest.found == [(7, [(0, 1), (2, 3)])] * (cut == 60)
@@ -363,7 +364,7 @@ async def test_garbage_is_skipped_and_counted() -> None:
         assert await guest.runs(ranges((0, 4096))) == [(0, 1)]
         await guest.request(8)
         await guest.say(b"garbage", ranges((4096, 8192), epoch=8), b"fpH1" * 9, End(8, 1))
-        assert await guest.channel.answered(8, 10)
+        assert await complete(guest.channel, 8, 10)
         assert guest.found[-1] == (8, [(1, 2)])
         assert 0 < guest.channel.rejected < 5
         assert not guest.channel.distrusted
@@ -393,10 +394,10 @@ async def test_after_too_many_bad_records_the_channel_is_closed(name: str, bad: 
         assert guest.channel.distrusted
         assert not guest.channel._open
         # Whoever waited waits no more, and nothing else counts.
-        assert await guest.channel.answered(7, 10)
+        assert await complete(guest.channel, 7, 10)
         before = list(guest.found)
         await guest.request(8)
-        assert not await guest.channel.answered(8, 0.01)
+        assert not await complete(guest.channel, 8, 0.01)
         assert guest.found == before
 
 
@@ -456,7 +457,7 @@ async def test_the_worst_honest_answer_is_no_flood() -> None:
         for frame in hints.encode_ranges(7, pairs):
             await guest.say(frame)
         await guest.say(End(7, len(pairs)))
-        assert await guest.channel.answered(7, 10)
+        assert await complete(guest.channel, 7, 10)
         assert not guest.channel.distrusted
         assert guest.channel.rejected == 0
         assert sum(len(runs) for _, runs in guest.found) == len(pairs)

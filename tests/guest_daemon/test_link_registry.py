@@ -706,7 +706,7 @@ async def test_only_the_spawned_guest_gets_its_ram(
 async def test_a_process_that_never_attaches(tmp_path: Path) -> None:
     async with house(tmp_path, begin_s=0.05) as home:
         hosted = home.registry.create("vm1", MIGRATION, SHAPES)
-        with pytest.raises(GuestError, match=r"spawned for guest vm1 did not attach within 0\.05 s"):
+        with pytest.raises(GuestError, match=r"process of guest vm1 did not attach within 0\.05 s"):
             await hosted.attached()
         await hosted.discard()
         await until(lambda: not home.registry.guests)

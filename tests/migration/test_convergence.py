@@ -59,7 +59,7 @@ def test_decide(
 
 
 @pytest.mark.parametrize(
-    ("policy", "iterations", "left", "harvest_s", "decision"),
+    ("policy", "iterations", "left", "fixed_s", "decision"),
     [
         # the harvest is part of the pause
         (POLICY, 1, 100 * MB, 0.19, Decision.SWITCHOVER),
@@ -76,9 +76,9 @@ def test_decide(
     ],
 )
 def test_a_harvest_that_costs(
-    policy: Policy, iterations: int, left: int, harvest_s: float, decision: Decision
+    policy: Policy, iterations: int, left: int, fixed_s: float, decision: Decision
 ) -> None:
-    assert decide(policy, Standing(iterations, 1.0, left, 1.0 * GB, harvest_s)) is decision
+    assert decide(policy, Standing(iterations, 1.0, left, 1.0 * GB, fixed_s)) is decision
 
 
 def test_the_limit_itself_still_fits() -> None:
@@ -107,20 +107,20 @@ def test_estimated_pause(left: int, rate: float, pause_s: float) -> None:
     elapsed_s=st.floats(0, 1000),
     left=st.integers(0, 1 << 40),
     rate=st.floats(0, 1e11),
-    harvest_s=st.floats(0, 1),
+    fixed_s=st.floats(0, 1),
     policy=st.sampled_from([POLICY, CANCELLING]),
 )
 def test_every_run_comes_to_an_end_and_a_pause_is_long_only_by_force(
-    iterations: int, elapsed_s: float, left: int, rate: float, harvest_s: float, policy: Policy
+    iterations: int, elapsed_s: float, left: int, rate: float, fixed_s: float, policy: Policy
 ) -> None:
-    decision = decide(policy, Standing(iterations, elapsed_s, left, rate, harvest_s))
+    decision = decide(policy, Standing(iterations, elapsed_s, left, rate, fixed_s))
     if decision is Decision.ITERATE:
         assert iterations < policy.max_iterations
         assert elapsed_s < policy.max_total_s
     if decision is Decision.SWITCHOVER:
-        assert harvest_s <= policy.downtime_limit_s
+        assert fixed_s <= policy.downtime_limit_s
     if decision is Decision.SWITCHOVER and left:
-        assert left / rate + harvest_s <= policy.downtime_limit_s
+        assert left / rate + fixed_s <= policy.downtime_limit_s
     assert (decision is Decision.FORCE) <= (policy is POLICY)
     assert (decision is Decision.CANCEL) <= (policy is CANCELLING)
 

@@ -15,6 +15,7 @@ from migd.guest.hint_receiver import SocketHints
 from migd.limits import Limits
 from migd.ram.bitmap import PageBitmap
 from migd.ram.block import PAGE_BYTES
+from tests.support.answers import complete
 from tests.support.ledger_model import Model
 from tests.support.page_model import Page
 
@@ -47,7 +48,7 @@ async def _received(receiver: type[SocketHints], free: tuple[int, int]) -> bool:
         for frame in hints.encode_ranges(_EPOCH, [free]):
             theirs.sendall(frame)
         theirs.sendall(hints.encode(hints.End(_EPOCH, heard.count())))
-        assert await channel.answered(_EPOCH, timeout_s=10)
+        assert await complete(channel, _EPOCH, 10)
     finally:
         channel.close()
         theirs.close()

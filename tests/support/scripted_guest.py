@@ -71,8 +71,11 @@ class ScriptedHints:
         self.epochs.append(epoch)
         self.on_request(epoch, sink)
 
-    async def answered(self, epoch: int, timeout_s: float) -> bool:
-        return True
+    async def ahead(self, epoch: int, timeout_s: float) -> None:
+        """The script has answered within the request."""
+
+    def answered(self, epoch: int) -> bool:
+        return bool(epoch)
 
     async def done(self) -> None:
         self.done_count += 1
@@ -113,6 +116,7 @@ class ScriptedGuest:
         self._protection: WriteProtection | None = None
         self._bitmap = bitmap
         self.reports_free_at_pause = bitmap
+        self.handover_s = 0.0
         self._random = np.random.default_rng(1)
         self.scripted_hints = ScriptedHints(contract)
         self.hints: HintChannel | None = self.scripted_hints
@@ -240,6 +244,8 @@ class ScriptedGuest:
 
 class ArrivedGuest:
     """See ``migd.migration.ports.DestinationGuest``."""
+
+    checks_itself = True
 
     def __init__(self, name: str, ram: RamLayout) -> None:
         self.name = name
