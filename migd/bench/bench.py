@@ -12,7 +12,7 @@ from migd import __version__, api
 from migd.bench.cases import Contender
 from migd.bench.figures import BenchReport, ContenderReport, Measured, Run, failures_of
 from migd.bench.machine_limits import measure
-from migd.bench.progress import RunNarrator
+from migd.bench.progress import RunNarrator, run_line
 from migd.bench.touch import touch_in_child
 from migd.bench.usage import Watch
 from migd.errors import MigdError, ResourceError
@@ -49,10 +49,10 @@ def run_bench(
     found: list[list[Run]] = [[] for _ in contenders]
     for number in range(1, runs + 1):
         for contender, before in zip(contenders, found, strict=True):
-            narrator.begins(contender)
+            narrator.begins(contender.label)
             run = _run(number, contender, ram_bytes, options)
             before.append(run)
-            narrator.ended(contender, run)
+            narrator.ended(run_line(contender, run))
     return BenchReport(
         version=__version__,
         kernel=os.uname().release,

@@ -37,14 +37,23 @@ class RunNarrator:
     ) -> None:
         self._progress.stop()
 
-    def begins(self, contender: Contender) -> None:
-        """The next run is of this one."""
-        self._progress.update(self._task, description=contender.label, refresh=True)
+    def begins(self, what: str) -> None:
+        """The next run is of this."""
+        self._progress.update(self._task, description=what, refresh=True)
 
-    def ended(self, contender: Contender, run: Run) -> None:
+    def noted(self, line: str) -> None:
+        """Something beside the runs."""
+        self._console.print(line)
+
+    def ended(self, line: str) -> None:
         """That run is over."""
-        self._console.print(f"run {run.number}: {contender.label}: {_summary(run)}")
+        self._console.print(line)
         self._progress.advance(self._task)
+
+
+def run_line(contender: Contender, run: Run) -> str:
+    """What is said of a run that is over."""
+    return f"run {run.number}: {contender.label}: {_summary(run)}"
 
 
 def _summary(run: Run) -> str:

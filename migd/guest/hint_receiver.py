@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 MAX_REJECTED = 1000
 """Bad records before the channel is closed and everything is sent (R7): a few are noise on a serial port."""
 
+_WEAK_ANSWER_BYTES = 200 * PAGE_BYTES
+
 _AHEAD_PAGES = 1 << 14
 """64 MiB. An agent in a Linux guest answers from the lowest page on, even under emulation 64 MiB in some 10 ms,
 and memory is sent from the lowest page on as well, at a tenth of that."""
@@ -81,6 +83,12 @@ class SocketHints:
     def rejected(self) -> int:
         """Records refused so far, those included that do not even parse."""
         return self._refused + self._decoder.rejected_frames
+
+    @property
+    def answer_bytes(self) -> int:
+        """Nothing of an allocator that answers by itself; of an agent some 200 pages (docs/performance.md)."""
+        weak = self._hello is not None and self._hello.strength == hints.Strength.WEAK
+        return _WEAK_ANSWER_BYTES if weak else 0
 
     # -- the session's side -------------------------------------------------------------------------
 

@@ -22,8 +22,11 @@ SWITCHOVER_OVERHEAD_S = 0.005
 """Pause acknowledgement, two fsyncs and four messages on a fast link: 3 to 6 ms measured on loopback."""
 
 HINT_MIN_SHARE = 0.02
-"""Ask for hints again only while the last answer spared this share of what was then to send: one request
-dirties 700 to 800 pages of a Linux guest, so asking before every iteration keeps it from converging."""
+"""Ask for hints again only while the last answer spared this share of what was then to send."""
+
+HINT_WORTH = 8
+"""And only while at least so many times as many pages are to send as the guest writes in order to answer: an
+agent in a Linux guest dirties some 200, so asking before every iteration keeps it from converging."""
 
 
 class Exhausted(StrEnum):
@@ -119,13 +122,19 @@ def decide(policy: Policy, standing: Standing) -> Decision:
 
 
 def hints_pay(
-    applied_pages: int, asked_pages: int, left_bytes: int, policy: Policy, rate_bytes_s: float
+    applied_pages: int,
+    asked_pages: int,
+    left_bytes: int,
+    policy: Policy,
+    rate_bytes_s: float,
+    answer_bytes: int = 0,
 ) -> bool:
-    """Whether to ask for hints before the next iteration.
+    """Whether to ask for hints before the next iteration. ``answer_bytes``: what the guest writes to answer.
 
     Only while the last answer spared a fair share of the pages that were to send when it was asked for, and
-    what is left is worth asking about: more than a tenth of the downtime limit at the present rate.
+    what is left is worth asking about: more than a tenth of the downtime limit at the present rate, and than
+    asking costs.
     """
-    if applied_pages < asked_pages * HINT_MIN_SHARE:
+    if applied_pages < asked_pages * HINT_MIN_SHARE or left_bytes < HINT_WORTH * answer_bytes:
         return False
     return left_bytes > policy.downtime_limit_s / 10 * rate_bytes_s

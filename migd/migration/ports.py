@@ -221,6 +221,10 @@ class HintChannel(Protocol):
     def distrusted(self) -> bool:
         """Too many were refused: the channel is closed, and what it said no longer counts."""
 
+    @property
+    def answer_bytes(self) -> int:
+        """RAM that the guest writes for an answer: it is to be sent again."""
+
     async def declare(self, timeout_s: float) -> FreeContract: ...
     async def request(self, epoch: int, sink: HintSink) -> None: ...
     async def ahead(self, epoch: int, timeout_s: float) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Literal
 
 import msgspec
 
@@ -21,7 +22,7 @@ _HEADING_BYTES = 1 << 16
 class Heading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Of the source's QEMU."""
 
-    version: int = 1
+    version: Literal[1] = 1
     qemu: str
     machine: str
     """With its version, like pc-i440fx-7.2: QEMU loads the state of no other."""

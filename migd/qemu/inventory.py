@@ -36,7 +36,7 @@ _USE_FILE = (
     "TYPE,memory-backend=ram"
 )
 
-_UNIX = re.compile(r"^(?:disconnected:)?unix:([^,].*?)(?:,server(?:=on)?)?$")
+_UNIX = re.compile(r"^(?:disconnected:)?unix:([^,].*),server(?:=on)?$")
 
 _DMA_DRIVERS = (
     "nvme",
@@ -218,7 +218,7 @@ async def _reports_free(monitor: Monitor, devices: list[tuple[str, str]]) -> boo
 async def _hint_socket(monitor: Monitor, devices: list[tuple[str, str]]) -> str:
     """Of the chardev behind the port, so that no other guest's hints can be taken for this one's.
 
-    Refused if it is no unix socket.
+    Refused if that is no unix socket on which QEMU listens.
     """
     for path, kind in devices:
         if kind != "virtserialport":

@@ -80,6 +80,8 @@ class QemuMachine:
         self._tracking = Tracking(process, self.fds)
         self._marks: SoftDirty | None = None
         self._stream: StateStream | None = None
+        self._saved = b""
+        """While the guest is paused: QEMU saves the state of a stopped guest once."""
         self._stopped_at_ns = 0
         self._resumed_at_ns = 0
         self._loaded = False
@@ -98,6 +100,7 @@ class QemuMachine:
         if obstacles := found.obstacles():
             raise Immovable("; ".join(obstacles))
         opened: list[int] = []
+        process: QemuProcess | None = None
         try:
             if not fds:
                 for backend in found.backends:
@@ -112,6 +115,8 @@ class QemuMachine:
         except BaseException:
             for fd in opened:
                 os.close(fd)
+            if process is not None:
+                process.close()
             raise
         return machine
 
@@ -253,7 +258,9 @@ class QemuMachine:
         """The device state of the paused guest. GuestError if QEMU put RAM into it, too."""
         if self.state is not GuestState.PAUSED:
             raise GuestError(f"a {self.state} guest is not saved")
-        if self._stream is None:  # it was saved before
+        if self._saved:
+            return self._saved
+        if self._stream is None:  # it was paused by another than us
             self._stream = await StateStream.open(self.monitor)
         stream, self._stream = self._stream, None
         try:
@@ -266,7 +273,8 @@ class QemuMachine:
         heading = Heading(
             qemu=self._found.name, machine=self._found.machine, stopped_at_ns=self._stopped_at_ns
         )
-        return device_state.encode(heading, state)
+        self._saved = device_state.encode(heading, state)
+        return self._saved
 
     async def _refuse_balloon(self) -> None:
         """Memory that a balloon gives back is a hole, which no log sees (R20). GuestError if it has moved."""
@@ -292,6 +300,7 @@ class QemuMachine:
         await self.monitor.ask("cont")
         self._resumed_at_ns = await self._moment("RESUME")
         self.state, self.migration = GuestState.RUNNING, ""
+        self._saved = b""
 
     @property
     def last_pause(self) -> Running:
@@ -310,10 +319,11 @@ class QemuMachine:
         """Wait for the device state of this migration, which is noted in QEMU."""
         if self.state is not GuestState.INCOMING or self._found.run_state != "inmigrate":
             raise GuestError(f"QEMU is {self._found.run_state}: start it with -incoming defer")
-        settings = await Settings.of(self.monitor)
+        settings = self._settings or await Settings.of(self.monitor)
         self._settings, self.migration = settings, migration
         await self._memos.write(Memo(GuestState.INCOMING, migration, settings))
         await settings.for_migd().apply(self.monitor)
+        await self.monitor.ask("stop")  # as -S does: once it is loaded it waits for its start (H2)
         self._stream = await StateStream.open(self.monitor)
         await self._stream.await_state()
 
@@ -334,7 +344,7 @@ class QemuMachine:
             stream.close()
         run_state = (await self.monitor.ask("query-status"))["status"]
         if run_state != "paused":
-            raise GuestError(f"QEMU is {run_state} after loading, not paused: start it with -S")
+            raise GuestError(f"QEMU is {run_state} after loading, not paused")
         self._stopped_at_ns = heading.stopped_at_ns
         self._loaded = True
 

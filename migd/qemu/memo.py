@@ -7,6 +7,8 @@ gives its data back, does not migrate it, and makes nothing else of it.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
 from migd.errors import GuestError
@@ -31,9 +33,9 @@ class MemoStore:
     """The memos of one QEMU: a new one is added before the old one goes, and the newest counts."""
 
     def __init__(self, monitor: Monitor, names: tuple[str, ...]) -> None:
-        """``names``: of the objects that are there already."""
+        """``names``: of the objects that are there already. GuestError if one is no memo of this version."""
         self._monitor = monitor
-        self._numbers = sorted(int(name.removeprefix(MEMO_PREFIX)) for name in names)
+        self._numbers = sorted(_number_of(name) for name in names)
 
     async def read(self) -> Memo | None:
         """GuestError if there is one that this version does not understand."""
@@ -47,17 +49,24 @@ class MemoStore:
 
     async def write(self, memo: Memo | None) -> None:
         """None: there is nothing to remember any more."""
-        old = self._numbers
-        self._numbers = []
+        old = list(self._numbers)
         if memo is not None:
-            self._numbers = [(old[-1] if old else 0) + 1]
+            self._numbers.append(
+                (old[-1] if old else 0) + 1
+            )  # if no answer comes it may be there all the same
             data = msgspec.json.encode(memo).decode()
             await self._monitor.ask("object-add", {"qom-type": "secret", "id": self._name(), "data": data})
         for number in old:
-            try:
+            with suppress(CommandRefused):  # somebody else has tidied up
                 await self._monitor.ask("object-del", {"id": f"{MEMO_PREFIX}{number}"})
-            except CommandRefused:  # somebody else has tidied up
-                continue
+            self._numbers.remove(number)
 
     def _name(self) -> str:
         return f"{MEMO_PREFIX}{self._numbers[-1]}"
+
+
+def _number_of(name: str) -> int:
+    number = name.removeprefix(MEMO_PREFIX)
+    if not number.isdecimal():
+        raise GuestError(f"{name} in QEMU is of another version of migd")
+    return int(number)

@@ -43,9 +43,10 @@ class Hinting:
         """Whether asking again before the next iteration is worth it."""
         applied = self._ledger.tally.hints_applied - self._applied_before
         policy = self._attempt.policy
-        return self._ledger.contract is not FreeContract.NONE and hints_pay(
-            applied, self._asked_pages, standing.left_bytes, policy, standing.rate_bytes_s
-        )
+        if self._channel is None or self._ledger.contract is FreeContract.NONE:
+            return False
+        cost, rate = self._channel.answer_bytes, standing.rate_bytes_s
+        return hints_pay(applied, self._asked_pages, standing.left_bytes, policy, rate, cost)
 
     async def request(self) -> None:
         """A new epoch; the first read waits at most ``hint_first_s`` for the answer (G6)."""

@@ -6,8 +6,9 @@ in which a memory hog has ended, so that most of its RAM is free and full of old
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 
 class Case(StrEnum):
@@ -40,8 +41,7 @@ YARDSTICK = Contender.MULTIFD
 """What ratios are of: the fastest that QEMU has."""
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """One migration. Everything counts: framing, hand-over, verification before the guest runs and after."""
 
     total_s: float
@@ -52,5 +52,9 @@ class Measured:
     wire_bytes: int
     started_s: float
     """From the request until the guest runs at the destination."""
-    detail: str = ""
+    detail: str
     """What the contender says of it."""
+    live: bool = True
+    """Memory was sent while the guest ran."""
+    skipped_pages: int = 0
+    """Left behind as free."""

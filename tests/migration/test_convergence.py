@@ -143,6 +143,13 @@ def test_hints_pay(applied: int, asked: int, left: int, rate: float, pays: bool)
     assert hints_pay(applied, asked, left, POLICY, rate) is pays
 
 
+@pytest.mark.parametrize(("left", "pays"), [(8 * 200 * 4096, True), (8 * 200 * 4096 - 4096, False)])
+def test_a_guest_that_writes_in_order_to_answer_is_not_asked_about_a_few_pages(left: int, pays: bool) -> None:
+    strict = replace(POLICY, downtime_limit_s=0.01)
+    assert hints_pay(1000, 1000, left, strict, 0.5 * GB, answer_bytes=200 * 4096) is pays
+    assert hints_pay(1000, 1000, left, strict, 0.5 * GB)
+
+
 # -- the rate -------------------------------------------------------------------------------------------
 
 

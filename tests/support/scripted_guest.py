@@ -57,6 +57,7 @@ class ScriptedHints:
 
     rejected = 0
     distrusted = False
+    answer_bytes = 0
 
     def __init__(self, contract: FreeContract) -> None:
         self._contract = contract
