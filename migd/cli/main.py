@@ -56,8 +56,8 @@ def main() -> None:
 @main.command()
 @click.option("--ram", type=Size(), default="1Gi", show_default=True, help="RAM of the guest.")
 @click.option("--rate", type=Size(), default="50M", show_default=True, help="Bytes it writes per second.")
-@click.option("--qemu", "real", is_flag=True, help="With a real Linux guest that a memory hog has aged, between "
-              "two stock QEMUs, beside QEMU's own migration. Needs Debian; fetches 100 MB once.")  # fmt: skip
+@click.option("--qemu", "real", is_flag=True, help="With a real Linux guest, aged by a hog, between two "
+              "stock QEMUs, and moved by QEMU itself. Needs Debian; 100 MB once.")  # fmt: skip
 @json_option
 def demo(ram: int, rate: int, real: bool, as_json: bool) -> None:
     """Migrate a guest live over loopback twice, without and with hints, and compare.

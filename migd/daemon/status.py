@@ -6,6 +6,7 @@ import os
 
 from migd.control.commands import GuestStatus, MigrationStatus
 from migd.destination.session import DestinationSession
+from migd.guest.control import STUB
 from migd.guest.hosted import HostedGuest
 from migd.ram import linux
 from migd.source.attempt import DirtyLogChoice
@@ -14,14 +15,16 @@ from migd.source.session import SourceSession
 
 def of_guest(guest: HostedGuest, choice: DirtyLogChoice, here: str) -> GuestStatus:
     """``here``: the dirty log of guests that leave it to the daemon to tell, ``write_tracking``."""
+    said = guest.description
+    tracking = said.tracking if said is not None and choice is not DirtyLogChoice.COMPARE else ""
     return GuestStatus(
         name=guest.name,
         state=guest.state,
         ram_bytes=guest.ram.bytes,
         pid=guest.pid,
         migration=guest.migration,
-        kind=guest.kind,
-        tracking=here if choice is DirtyLogChoice.COMPARE else guest.tracking or here,
+        kind=said.kind if said is not None else STUB,
+        tracking=tracking or here,
     )
 
 

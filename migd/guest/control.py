@@ -10,7 +10,7 @@ lies in a memfd whose descriptor travels, so no size limit of the socket applies
                                         <-        Attached  [RAM fds if it had none] + [hint socket]
                                         <-          | Declined
                                         <-        Expect       a guest in readiness learns its migration
-    Prepared                            ->        it can be loaded (later, unasked, if it is opaque)
+    Prepared                            ->        its machine is there (later, unasked, if it is opaque)
                                         <-        Arm          writes are to be logged
     Armed   [pagemap fd] | Failed       ->
                                         <-        Harvest      of a log that the guest keeps itself
@@ -94,8 +94,15 @@ class Attach(_Message, frozen=True, tag="attach", kw_only=True, omit_defaults=Tr
     says PREPARED when it can be loaded, not by attaching."""
 
 
-class Prepared(_Message, frozen=True, tag="prepared"):
-    """The machine of an incoming guest is there, and waits for its device state."""
+class Prepared(_Message, frozen=True, tag="prepared", kw_only=True):
+    """The machine is there, and waits for its device state if it is that of an incoming guest.
+
+    ``pid``, ``kind`` and ``tracking`` as of Attach, which may have come before there was a machine.
+    """
+
+    pid: int
+    kind: str
+    tracking: str
 
 
 class Expect(_Message, frozen=True, tag="expect", kw_only=True):

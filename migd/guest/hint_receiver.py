@@ -24,8 +24,8 @@ MAX_REJECTED = 1000
 _WEAK_ANSWER_BYTES = 200 * PAGE_BYTES
 
 _AHEAD_PAGES = 1 << 14
-"""64 MiB. An agent in a Linux guest answers from the lowest page on, even under emulation 64 MiB in some 10 ms,
-and memory is sent from the lowest page on as well, at a tenth of that."""
+"""64 MiB. An agent in a Linux guest answers from the lowest page on, 64 MiB in 10 ms even under emulation;
+memory is sent from the lowest page on as well, at a tenth of that."""
 
 _READ_BYTES = 1 << 14
 """At a time: zlib may inflate what arrives a thousandfold."""
@@ -86,7 +86,7 @@ class SocketHints:
 
     @property
     def answer_bytes(self) -> int:
-        """Nothing of an allocator that answers by itself; of an agent some 200 pages (docs/performance.md)."""
+        """Nothing where the allocator itself answers; for an agent some 200 pages (docs/performance.md)."""
         weak = self._hello is not None and self._hello.strength == hints.Strength.WEAK
         return _WEAK_ANSWER_BYTES if weak else 0
 

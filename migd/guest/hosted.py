@@ -45,11 +45,9 @@ class HostedGuest:
     """The one it is paused or incoming for, else empty."""
     process: SpawnedProcess | None = None
     hints: SocketHints | None = None
-    pid: int = 0
-    kind: str = control.STUB
-    tracking: str = ""
-    """See ``migd.guest.control.Attach``."""
     opaque: bool = False
+    """See ``migd.guest.control.Attach``."""
+    _attach: control.Attach | None = None
     _pins: set[str] = field(default_factory=set)
     _link: GuestLink | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,8 +74,20 @@ class HostedGuest:
 
     def introduce(self, attach: control.Attach) -> None:
         """What the guest's process says of itself."""
-        self.pid, self.kind = attach.pid, attach.kind
-        self.tracking, self.opaque = attach.tracking, attach.opaque
+        self._attach, self.opaque = attach, attach.opaque
+
+    @property
+    def description(self) -> control.Attach | control.Prepared | None:
+        """The newest that its process has said of ``pid``, ``kind`` and ``tracking``; None before it has."""
+        link = self._link
+        if link is not None and link.prepared.done() and not link.prepared.cancelled():
+            return link.prepared.result()
+        return self._attach
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs it; 0 until one has attached."""
+        return self.description.pid if self.description is not None else 0
 
     def connect(self, link: GuestLink, hints: SocketHints) -> None:
         """The guest's process has attached."""
@@ -250,8 +260,8 @@ class HostedGuest:
             async with asyncio.timeout(self.limits.begin_s):
                 await self._attached.wait()
                 if self.opaque:
-                    missing = f"have {self.kind} ready"
-                    await self.link.prepared.wait()
+                    missing = "have its machine ready"
+                    await self.link.unasked(self.link.prepared, "its machine was ready")
         except TimeoutError as error:
             within = f"within {self.limits.begin_s:g} s"
             raise GuestError(f"the process of guest {self.name} did not {missing} {within}") from error
@@ -277,12 +287,7 @@ class HostedGuest:
 
     async def self_check(self) -> SelfCheck:
         """GuestError if the guest ends before it reports."""
-        try:
-            checked = await asyncio.shield(self.link.checked)
-        except asyncio.CancelledError:
-            if self.link.checked.cancelled():
-                raise GuestError(f"guest {self.name} ended before its self-check") from None
-            raise
+        checked = await self.link.unasked(self.link.checked, "its self-check")
         return SelfCheck(checked.pages, checked.wrong, checked.first_wrong)
 
     async def discard(self) -> None:

@@ -34,7 +34,7 @@ class GuestLink:
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[tuple[FromGuest, list[int]]]] = {}
         self.gone = asyncio.Event()
-        self.prepared = asyncio.Event()
+        self.prepared: asyncio.Future[Prepared] = self._loop.create_future()
         self.checked: asyncio.Future[Checked] = self._loop.create_future()
         self._loop.add_reader(sock, self._readable)
 
@@ -51,8 +51,8 @@ class GuestLink:
         message, fds = packet
         if isinstance(message, Checked) and not self.checked.done():
             self.checked.set_result(message)
-        elif isinstance(message, Prepared):
-            self.prepared.set()
+        elif isinstance(message, Prepared) and not self.prepared.done():
+            self.prepared.set_result(message)
         waiting = self._waiting.pop(message.id, None)
         if waiting is None or waiting.done():
             control.close_all(fds)  # the answer to a request nobody waits for any more
@@ -107,6 +107,15 @@ class GuestLink:
         control.close_all(unwanted)
         return answer
 
+    async def unasked(self, message: asyncio.Future[M], what: str) -> M:
+        """What the guest says by itself, ``checked`` or ``prepared``. GuestError if it ends before."""
+        try:
+            return await asyncio.shield(message)
+        except asyncio.CancelledError:
+            if message.cancelled():
+                raise GuestError(f"guest {self._name} ended before {what}") from None
+            raise
+
     def close(self) -> None:
         """Give the connection up; whoever waits for an answer gets GuestError."""
         if self.gone.is_set():
@@ -117,8 +126,9 @@ class GuestLink:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(GuestError(f"guest {self._name} closed its control connection"))
-        if not self.checked.done():
-            self.checked.cancel()
+        for unasked in (self.checked, self.prepared):
+            if not unasked.done():
+                unasked.cancel()
 
 
 def _close_unclaimed(answer: asyncio.Future[tuple[FromGuest, list[int]]]) -> None:

@@ -26,7 +26,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,6 +55,7 @@ _FILES = 48
 _LINE_LIMIT = 64 << 10
 _SEND_S = 1.0
 _KERNEL_LINES = 400
+_AGENT = b"/migd/agent.py"
 
 _COMPLAINT = re.compile(
     r"BUG:|BUG at|Oops|Kernel panic|[Bb]ad page|segfault|general protection|Corrupted|Call Trace"
@@ -191,6 +192,45 @@ class Files:
             self.failures += 1
 
 
+class Hoard:
+    """Memory that a child has filled and keeps; it looks at the content before it gives it back."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        ready, self._ready = os.pipe()
+        self._ending, self._end = os.pipe()
+        self.pid = child_of(self._hold)
+        os.close(self._ready)
+        os.close(self._ending)
+        os.set_blocking(ready, False)
+        self._filled_fd = ready
+
+    def _hold(self) -> bool:
+        noise = os.urandom(MIB)
+        memory = filled(self.size_bytes, noise)
+        os.write(self._ready, b".")
+        os.read(self._ending, 1)
+        return all(
+            memory[start : start + len(piece)] == piece for start, piece in pieces(self.size_bytes, noise)
+        )
+
+    def is_filled(self) -> bool:
+        """OSError if the child has ended instead."""
+        try:
+            if os.read(self._filled_fd, 1):
+                return True
+        except BlockingIOError:
+            return False
+        raise OSError("the child ended: not enough memory?")
+
+    def end(self) -> None:
+        """Have it look, and end, if it has not ended already."""
+        with suppress(OSError):
+            os.write(self._end, b".")
+        for fd in (self._filled_fd, self._end):
+            os.close(fd)
+
+
 class KernelLog:
     """What the kernel has said; the last lines, and how many of all were complaints."""
 
@@ -227,6 +267,8 @@ class Workload:
         self._began_s = self._last_s = time.monotonic()
         self._counter = 0
         self._clock_failures = 0
+        self._hoard: Hoard | None = None
+        self._hoard_wrong = False
 
     def step(self) -> None:
         """A little of everything that is due."""
@@ -267,6 +309,12 @@ class Workload:
                 return {}
             case "hog":
                 return self._hog(int(request["bytes"]))
+            case "grab":
+                return self._grab(int(request["bytes"]))
+            case "release":
+                return self._release()
+            case "agent":
+                return self._signal_agent(int(request["signal"]))
             case "drop":
                 os.sync()
                 write_file("/proc/sys/vm/drop_caches", b"3")
@@ -300,16 +348,49 @@ class Workload:
 
     def _hog(self, size_bytes: int) -> dict[str, object]:
         """Free pages full of old data: a child writes so much memory and ends. The rest goes on meanwhile."""
-        pid = child_of(lambda: scribble(size_bytes))
-        while True:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                break
-            self.step()
-            time.sleep(_TICK_S)
+        status = self._reap(child_of(lambda: scribble(size_bytes)))
         if status:
             raise OSError(f"the child ended with status {status}: not enough memory?")
         return {"bytes": size_bytes}
+
+    def _grab(self, size_bytes: int) -> dict[str, object]:
+        """A child writes so much memory, and keeps it until ``release``. Asked again it changes nothing."""
+        if self._hoard is None:
+            self._hoard = Hoard(size_bytes)
+            try:
+                while not self._hoard.is_filled():
+                    self.step()
+                    time.sleep(_TICK_S)
+            except OSError:
+                self._release()
+                raise
+        return {"bytes": self._hoard.size_bytes}
+
+    def _release(self) -> dict[str, object]:
+        """The child looks whether its memory is what it has written, and ends. Again: the same answer."""
+        if self._hoard is not None:
+            hoard, self._hoard = self._hoard, None
+            hoard.end()
+            self._hoard_wrong = self._reap(hoard.pid) != 0
+        return {"wrong": self._hoard_wrong}
+
+    def _reap(self, pid: int) -> int:
+        """The status of a child, once it has ended. The rest goes on meanwhile."""
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return status
+            self.step()
+            time.sleep(_TICK_S)
+
+    def _signal_agent(self, number: int) -> dict[str, object]:
+        """The agent beside us gets this signal; when it ends, process 1 starts it again a second later."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and _AGENT in words_of(name)]
+        if not pids:
+            raise ProcessLookupError("no agent runs here")
+        for pid in pids:
+            os.kill(pid, number)
+        return {"agents": len(pids)}
 
 
 def read_file(path: str) -> bytes:
@@ -324,17 +405,35 @@ def write_file(path: str, content: bytes) -> None:
         file.write(content)
 
 
+def words_of(pid: str) -> list[bytes]:
+    """The command line of a process; nothing if it has ended."""
+    with suppress(OSError):
+        return read_file(f"/proc/{pid}/cmdline").split(b"\0")
+    return []
+
+
 def scribble(size_bytes: int) -> bool:
-    """Fills so much memory with content that is nowhere zero and of which no two pages are the same."""
+    """Fills so much memory, for no longer than this process lives."""
+    filled(size_bytes, os.urandom(MIB))
+    return True
+
+
+def filled(size_bytes: int, noise: bytes) -> mmap.mmap:
+    """So much memory, with content that is nowhere zero and of which no two pages are the same."""
     with suppress(OSError):  # if memory does not suffice it is this child that should go
         write_file("/proc/self/oom_score_adj", b"1000")
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    noise = os.urandom(MIB)
+    for start, piece in pieces(size_bytes, noise):
+        memory[start : start + len(piece)] = piece
+    return memory
+
+
+def pieces(size_bytes: int, noise: bytes) -> Iterator[tuple[int, bytes]]:
+    """That content by where it begins: a MiB of noise, each time turned a little further."""
     for number, start in enumerate(range(0, size_bytes, MIB)):
         turn = number * 17 % MIB
         piece = noise[turn:] + noise[:turn]
-        memory[start : start + MIB] = piece[: min(MIB, size_bytes - start)]
-    return True
+        yield start, piece[: min(MIB, size_bytes - start)]
 
 
 def child_of(work: Callable[[], bool]) -> int:

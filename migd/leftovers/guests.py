@@ -71,9 +71,11 @@ def _guest(process: Path) -> GuestProcess | None:
 
 
 def _is_command(arguments: tuple[str, ...]) -> bool:
-    """``migd guest ...``, however Python was told to run it."""
-    before, _, _ = " ".join(arguments).partition(" guest ")
-    return before != " ".join(arguments) and before.split()[-1].rpartition("/")[2] == "migd"
+    """``migd guest ...`` or ``migd qemu ...``, however Python was told to run it."""
+    return any(
+        command in ("guest", "qemu") and before.rpartition("/")[2] == "migd"
+        for before, command in pairwise(arguments)
+    )
 
 
 def _name(arguments: tuple[str, ...], comm: str) -> str:

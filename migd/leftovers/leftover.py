@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 
@@ -18,6 +19,8 @@ class Kind(StrEnum):
     """The records of one migration in one role."""
     LOG = "log"
     """What a guest's process had to say."""
+    QEMU = "qemu"
+    """The directory with sockets and log of a QEMU that was started for a guest."""
     RAM = "ram"
     """A file of guest RAM."""
     GUEST = "guest"
@@ -39,6 +42,8 @@ class Leftover(msgspec.Struct, frozen=True, kw_only=True):
         path = Path(self.place)
         if self.kind is Kind.JOURNAL:
             Journal(path.parent).forget(path.stem)
+        elif self.kind is Kind.QEMU:
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 

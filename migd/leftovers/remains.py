@@ -17,6 +17,7 @@ from migd.ram.provider import RamDirectory, provider
 
 _SOCKETS = ("control.sock", "guest.sock")
 _LOG = re.compile(r"guest-(.+)\.log")
+_QEMU = re.compile(r"qemu-(.+)")
 
 
 class Remains:
@@ -70,6 +71,14 @@ class Remains:
             found = _LOG.fullmatch(path.name)
             if found and path.is_file():
                 yield self._log(path, found[1], guests)
+            elif (of_qemu := _QEMU.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+                yield self._qemu(path, of_qemu[1], guests)
+
+    def _qemu(self, path: Path, name: str, guests: Sequence[GuestProcess]) -> Leftover:
+        for guest in guests:
+            if guest.may_be(name, self._directory):
+                return stays(Kind.QEMU, path, f"process {guest.pid} may be its QEMU, or stand beside it")
+        return goes(Kind.QEMU, path, f"guest {name} is not here any more")
 
     def _log(self, path: Path, name: str, guests: Sequence[GuestProcess]) -> Leftover:
         for guest in guests:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from migd.errors import ConfigError, GuestError, MigdError
 from migd.guest import control
 from migd.guest.control import Block, GuestState
@@ -62,10 +64,12 @@ class CompanionOptions:
 def run_companion(options: CompanionOptions) -> int:
     """Stand beside that QEMU until it ends: the exit code.
 
-    0 QEMU has ended, or SIGTERM; 1 orphaned; 3 declined by the daemon, or it cannot be moved; 130 SIGINT.
-    ConfigError names a wrong option or an absent daemon, GuestError a QEMU that does not answer.
+    0 QEMU has ended, or SIGTERM; 1 QEMU has died, or waited in vain for its guest; 3 declined by the daemon,
+    or it cannot be moved; 130 SIGINT. ConfigError names a wrong option or an absent daemon, GuestError a QEMU
+    that does not answer.
     """
-    return asyncio.run(Companion(options).run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Companion(options).run())
 
 
 class Companion:
@@ -77,6 +81,9 @@ class Companion:
         self._link: DaemonLink | None = None
         self._relay: HintRelay | None = None
         self._relaying: Runner | None = None
+        self._watching: Runner | None = None
+        self._saving: asyncio.Future[bytes] | None = None
+        """Of the paused guest's state, before it is asked for."""
         self._hint_socket: socket.socket | None = None
         """Before there is a QEMU to relay for."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,6 +122,7 @@ class Companion:
             self._hint_socket.close()
         if self._link is not None:
             self._link.close()
+        await self._saved()
         if self._machine is not None:
             with suppress(MigdError):
                 await self._machine.disarm()
@@ -122,8 +130,12 @@ class Companion:
                 await self._machine.quit()
             await self._machine.monitor.close()
             self._machine.close()
-        if self._process is not None:
+        if self._watching is not None:
+            await self._watching.stop()
+        if self._process is not None and self._launch is not None:
             await asyncio.to_thread(_ended, self._process)
+            if not self._process.returncode:
+                self._launch.clear()
 
     # -- the daemon ---------------------------------------------------------------------------------
 
@@ -181,6 +193,17 @@ class Companion:
             opaque=True,
         )
 
+    def _prepared(self) -> control.Prepared:
+        machine = self._beside
+        return control.Prepared(pid=machine.process.pid, kind=machine.name, tracking=machine.tracking())
+
+    @property
+    def _beside(self) -> QemuMachine:
+        """GuestError while there is none yet."""
+        if self._machine is None:
+            raise GuestError("QEMU is not there yet")
+        return self._machine
+
     async def _left_alone(self, machine: QemuMachine) -> None:
         """The daemon is gone: nobody harvests, nobody takes hints; the guest goes on as it is."""
         if self._relay is not None:
@@ -216,13 +239,11 @@ class Companion:
             case control.Quit():
                 await self._quit(0)
                 return
-        machine = self._machine
-        if machine is None:
-            raise GuestError("QEMU is not there yet")
+        machine = self._beside
         match message:
             case control.Expect(migration=migration):
                 await machine.expect(migration)
-                link.send(control.Prepared())
+                link.send(self._prepared())
             case control.Arm():
                 await self._arm(link, message, machine)
             case control.Harvest():
@@ -233,9 +254,13 @@ class Companion:
             case control.Pause(migration=migration):
                 await machine.pause(migration)
                 link.send(control.Paused(id=message.id))
+                if machine.armed:  # it will be asked for: a millisecond less of the pause
+                    self._saving = asyncio.ensure_future(machine.save())
             case control.Save():
-                _answer(link, control.Saved(id=message.id), await machine.save())
+                saving, self._saving = self._saving, None
+                _answer(link, control.Saved(id=message.id), await (saving or machine.save()))
             case control.Resume():
+                await self._saved()
                 running = await machine.resume()
                 link.send(_with_id(running, message.id))
             case control.Load():
@@ -245,6 +270,13 @@ class Companion:
                 running = await machine.start()
                 link.send(_with_id(running, message.id))
                 await machine.started()
+
+    async def _saved(self) -> None:
+        """A saving that was begun is over, and nobody wants what came of it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await asyncio.wait({saving})
+            saving.exception()
 
     async def _arm(self, link: DaemonLink, message: control.Arm, machine: QemuMachine) -> None:
         armed = await machine.arm({link.daemon_pid})
@@ -282,9 +314,8 @@ class Companion:
             ram, fds[:] = fds[:], []
             await self._start(message.blocks, ram)
             if self._options.incoming:
-                assert self._machine is not None
-                await self._machine.expect(self._options.incoming)
-                link.send(control.Prepared())
+                await self._beside.expect(self._options.incoming)
+            link.send(self._prepared())
         if self._relay is not None and self._hint_socket is not None:
             self._relay.serve(self._hint_socket)
             self._hint_socket = None
@@ -329,7 +360,7 @@ class Companion:
             await monitor.close()
             raise
         machine = self._machine
-        asyncio.ensure_future(self._watch(machine)).add_done_callback(lambda _: self._end(0))
+        self._watching = Runner(self._watch(machine))
         if machine.hint_socket:
             self._relay = HintRelay(machine.hint_socket, lambda: machine.map)
             self._relaying = Runner(self._relay.run())
@@ -338,7 +369,15 @@ class Companion:
         self._say(f"ready: {machine.name}, {machine.state}, writes found by {machine.tracking()}")
 
     async def _watch(self, machine: QemuMachine) -> None:
+        """We end with QEMU; the exit code says whether it was asked to."""
         await machine.monitor.ended()
+        code = 0
+        if self._process is not None and self._launch is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = 1 if await asyncio.to_thread(self._process.wait, 1.0) else 0
+            if code:
+                self._say(str(self._launch.died(self._process)))
+        self._end(code)
 
     def _say(self, line: str) -> None:
         """One line on stdout, whose reader may be gone: a daemon that spawned us and died."""

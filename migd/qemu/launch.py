@@ -8,6 +8,7 @@ memory backend takes as ``mem-path={ram}``.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,9 +70,11 @@ class Launch:
         ConfigError for a command that cannot be started.
         """
         argv = self.argv(blocks, fds)
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in self.directory.iterdir():
-            left.unlink()
+        self.clear()
+        try:
+            self.directory.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise ConfigError(f"{self.directory}: {error.strerror}") from error
         environment, untracked = dict(os.environ), ""
         try:
             environment = preload.environment(os.environ, [os.readlink(f"/proc/self/fd/{fd}") for fd in fds])
@@ -90,6 +93,10 @@ class Launch:
         except OSError as error:
             raise ConfigError(f"{argv[0]}: {error.strerror or error}") from error
         return process, untracked
+
+    def clear(self) -> None:
+        """Sockets and log of a QEMU that has ended as it should, or of a predecessor, are of no more use."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def died(self, process: subprocess.Popen[bytes]) -> GuestError:
         """Why QEMU ended, as far as its last line tells."""

@@ -85,6 +85,8 @@ class QemuMachine:
         self._stopped_at_ns = 0
         self._resumed_at_ns = 0
         self._loaded = False
+        self.armed = False
+        """Writes are being found: this guest is about to leave."""
         self._moments: dict[str, int] = {}
         monitor.on_event = self._on_event
 
@@ -177,6 +179,7 @@ class QemuMachine:
         self._tracking.refuse_other_writers(friends)
         log = self._tracking.log(self._found)
         addresses = tuple(mapping.address for mapping in mappings)
+        self.armed = True
         if log is Log.USERFAULTFD:
             return Armed(addresses, log, self.process.open_pagemap())
         await self.prepare(holds_still=True)
@@ -208,6 +211,7 @@ class QemuMachine:
     async def disarm(self) -> None:
         """Nobody harvests any more. What the kernel still protects costs one silent fault a page."""
         self._drop_marks()
+        self.armed = False
         if self.state is GuestState.RUNNING:
             await self._settle()
 
@@ -339,10 +343,9 @@ class QemuMachine:
                     f"the guest has machine type {heading.machine} at its source and {self._found.machine} "
                     f"here: start QEMU with -machine {heading.machine}"
                 )
-            await stream.load(state)
+            run_state = await stream.load(state)
         finally:
             stream.close()
-        run_state = (await self.monitor.ask("query-status"))["status"]
         if run_state != "paused":
             raise GuestError(f"QEMU is {run_state} after loading, not paused")
         self._stopped_at_ns = heading.stopped_at_ns

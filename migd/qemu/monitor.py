@@ -33,8 +33,10 @@ class CommandRefused(GuestError):
 class Monitor:
     """Owns the connection until ``close``. ``on_event`` is called with (name, data, realtime in ns)."""
 
-    def __init__(self, client: QMPClient, path: Path, listener_pid: int) -> None:
+    def __init__(self, client: QMPClient, path: Path, sock: socket.socket, listener_pid: int) -> None:
+        """``sock`` is another descriptor of the client's own, for what the loop's transports cannot send."""
         self.path = path
+        self._sock = sock
         self.listener_pid = listener_pid
         """Who made the socket: the QEMU, or what started it with a socket of its own (libvirt)."""
         self.on_event: Callable[[str, dict[str, Any], int], None] = lambda _name, _data, _at_ns: None
@@ -55,7 +57,7 @@ class Monitor:
                         )
                         sock.setblocking(False)
                         await client.connect(sock)
-                        return cls(client, path, pid)
+                        return cls(client, path, sock.dup(), pid)
                     except (QMPError, OSError) as error:
                         sock.close()
                         reason = error.__cause__ or error
@@ -81,8 +83,8 @@ class Monitor:
     async def lend(self, name: str, fd: int) -> None:
         """Hand QEMU a descriptor that ``fd:NAME`` then means to it; ours stays open."""
         try:
-            self._client.send_fd_scm(fd)
-        except (QMPError, OSError) as error:
+            socket.send_fds(self._sock, [b" "], [fd])
+        except OSError as error:
             raise GuestError(f"QEMU takes no descriptor: {error}") from error
         await self.ask("getfd", {"fdname": name})
 
@@ -94,6 +96,7 @@ class Monitor:
     async def close(self) -> None:
         """Give the connection up; QEMU goes on."""
         self._events.cancel()
+        self._sock.close()
         with suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(COMMAND_S):
                 await self._client.disconnect()
