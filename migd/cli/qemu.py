@@ -72,7 +72,9 @@ def qemu(
 
 
 @click.command()
-def preload() -> None:
+@click.option("--into", type=click.Path(path_type=Path), help="Keep it in this directory, for a QEMU that runs as "
+              "another user.  [default: $XDG_CACHE_HOME/migd or ~/.cache/migd]")  # fmt: skip
+def preload(into: Path | None) -> None:
     """Print the library to start a QEMU with, so that the kernel tracks its writes.
 
     \b
@@ -84,4 +86,4 @@ def preload() -> None:
     """
     from migd.qemu.preload import library
 
-    click.echo(library())
+    click.echo(library(into))
