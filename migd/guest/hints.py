@@ -24,6 +24,9 @@ loss. All numbers are little-endian::
     END      guest  u64 free pages in this answer
     DONE     host   empty: no answer is wanted any more (sent on every exit path, R15)
 
+``pages`` of HELLO: all of RAM; of an agent in a virtual machine, which sees physical memory with gaps, up to
+where that goes, and the host's end of the port makes pages of RAM of it.
+
 The guest looks at its free list only after it has read the REQUEST (R5). An answer is any mix of RANGES and
 BITMAP frames, each with the request's epoch, closed by END; a lost frame loses hints, never safety.
 """

@@ -384,10 +384,8 @@ class Workload:
             time.sleep(_TICK_S)
 
     def _signal_agent(self, number: int) -> dict[str, object]:
-        """The agent beside us gets this signal; when it ends, process 1 starts it again a second later."""
+        """To the agent beside us, if there is one; when it ends process 1 starts it again a second later."""
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and _AGENT in words_of(name)]
-        if not pids:
-            raise ProcessLookupError("no agent runs here")
         for pid in pids:
             os.kill(pid, number)
         return {"agents": len(pids)}

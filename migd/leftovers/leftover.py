@@ -18,9 +18,7 @@ class Kind(StrEnum):
     JOURNAL = "journal"
     """The records of one migration in one role."""
     LOG = "log"
-    """What a guest's process had to say."""
-    QEMU = "qemu"
-    """The directory with sockets and log of a QEMU that was started for a guest."""
+    """What a guest's process had to say; of one under QEMU, a directory with QEMU's log and sockets."""
     RAM = "ram"
     """A file of guest RAM."""
     GUEST = "guest"
@@ -42,7 +40,7 @@ class Leftover(msgspec.Struct, frozen=True, kw_only=True):
         path = Path(self.place)
         if self.kind is Kind.JOURNAL:
             Journal(path.parent).forget(path.stem)
-        elif self.kind is Kind.QEMU:
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -77,8 +77,8 @@ class Remains:
     def _qemu(self, path: Path, name: str, guests: Sequence[GuestProcess]) -> Leftover:
         for guest in guests:
             if guest.may_be(name, self._directory):
-                return stays(Kind.QEMU, path, f"process {guest.pid} may be its QEMU, or stand beside it")
-        return goes(Kind.QEMU, path, f"guest {name} is not here any more")
+                return stays(Kind.LOG, path, f"process {guest.pid} may be its QEMU, or stand beside it")
+        return goes(Kind.LOG, path, f"guest {name} is not here any more")
 
     def _log(self, path: Path, name: str, guests: Sequence[GuestProcess]) -> Leftover:
         for guest in guests:

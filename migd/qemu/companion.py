@@ -208,7 +208,8 @@ class Companion:
         """The daemon is gone: nobody harvests, nobody takes hints; the guest goes on as it is."""
         if self._relay is not None:
             self._relay.release()
-        await machine.disarm()
+        with suppress(MigdError):  # QEMU is held up: the next daemon, or companion, sets back what is left
+            await machine.disarm()
 
     async def _obey_all(self, link: DaemonLink) -> None:
         """One request after the other, until the daemon is gone."""
@@ -302,6 +303,8 @@ class Companion:
     async def _quit(self, code: int) -> None:
         """QEMU ends, and we with it."""
         if self._machine is not None:
+            if self._watching is not None:
+                await self._watching.stop()
             await self._machine.quit()
         self._end(code)
 
@@ -377,6 +380,7 @@ class Companion:
                 code = 1 if await asyncio.to_thread(self._process.wait, 1.0) else 0
             if code:
                 self._say(str(self._launch.died(self._process)))
+        await asyncio.sleep(RETRY_S)  # for the answer to a daemon that has asked something, and hears why
         self._end(code)
 
     def _say(self, line: str) -> None:

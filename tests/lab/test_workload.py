@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 
 from migd.lab import workload
 from migd.lab.workbench import LabError, Workload
+from tests.support.pair import processes_naming
 
 _MIB = 1 << 20
+_HOARD_BYTES = 64 * _MIB
 
 
 @pytest.fixture
@@ -72,6 +75,56 @@ def test_a_hog_takes_memory_and_gives_it_back(place: Path) -> None:
     with Workload(place) as asked:
         assert asked.ask("hog", timeout_s=60, bytes=64 * _MIB + 4096) == {"bytes": 64 * _MIB + 4096}
         assert asked.ask("check")["wrong"] == 0
+
+
+def test_grabbed_memory_is_held_and_looked_at_before_it_is_released(place: Path) -> None:
+    with Workload(place) as asked:
+        for _ in range(2):
+            grabbed = {"bytes": 8 * _MIB + 4096}
+            assert asked.ask("grab", timeout_s=60, bytes=8 * _MIB + 4096) == grabbed
+            assert asked.ask("grab", timeout_s=60, bytes=_MIB) == grabbed, "it has that already"
+            assert asked.ask("release", timeout_s=60) == {"wrong": False}
+            assert asked.ask("release", timeout_s=60) == {"wrong": False}
+
+
+def test_what_somebody_else_wrote_into_grabbed_memory_is_found(place: Path) -> None:
+    with Workload(place) as asked:
+        asked.ask("rate", bytes_s=0)  # no other children
+        asked.ask("grab", timeout_s=60, bytes=_HOARD_BYTES)
+        assert _spoilt(str(place)) == 1
+        assert asked.ask("release", timeout_s=60) == {"wrong": True}
+        assert asked.ask("grab", timeout_s=60, bytes=_MIB) == {"bytes": _MIB}
+        assert asked.ask("release", timeout_s=60) == {"wrong": False}
+
+
+def _spoilt(named: str) -> int:
+    """A byte is changed in the hoard of each process that has one; returns how many have."""
+    found = 0
+    for pid in processes_naming(named):
+        for low, high in re.findall("^([0-9a-f]+)-([0-9a-f]+) rw-p", _maps(pid), re.MULTILINE):
+            if int(high, 16) - int(low, 16) >= _HOARD_BYTES:  # it may go on with older mappings
+                with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+                    memory.seek(int(low, 16) + _HOARD_BYTES // 2)
+                    memory.write(b"spoilt")
+                found += 1
+    return found
+
+
+def _maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_memory_that_is_not_there_cannot_be_grabbed(place: Path) -> None:
+    with Workload(place) as asked:
+        with pytest.raises(LabError, match="the child ended"):
+            asked.ask("grab", timeout_s=60, bytes=1 << 46)
+        assert asked.ask("grab", timeout_s=60, bytes=_MIB) == {"bytes": _MIB}
+        asked.ask("release", timeout_s=60)
+
+
+def test_where_no_agent_is_none_gets_a_signal(place: Path) -> None:
+    with Workload(place) as asked:
+        assert asked.ask("agent", signal=0) == {"agents": 0}
 
 
 def test_what_it_cannot_do_is_an_error(place: Path) -> None:
