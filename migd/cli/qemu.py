@@ -72,8 +72,8 @@ def qemu(
 
 
 @click.command()
-@click.option("--into", type=click.Path(path_type=Path), help="Keep it in this directory, for a QEMU that runs "
-              "as another user.  [default: $XDG_CACHE_HOME/migd or ~/.cache/migd]")  # fmt: skip
+@click.option("--into", type=click.Path(path_type=Path), help="Keep it in this directory, for a QEMU of "
+              "another user.  [default: $XDG_CACHE_HOME/migd or ~/.cache/migd]")  # fmt: skip
 def preload(into: Path | None) -> None:
     """Print the library to start a QEMU with, so that the kernel tracks its writes.
 

@@ -94,6 +94,8 @@ class SocketHints:
 
     async def declare(self, timeout_s: float) -> FreeContract:
         """The guest's free-page contract (R12); NONE if it declares none in time, or one unknown here."""
+        if self._hello is None:
+            self._tell(hints.Greet())  # the first one may be lost: an agent ended before it had read it
         try:
             async with asyncio.timeout(timeout_s):
                 await self._declared.wait()

@@ -133,6 +133,8 @@ class Companion:
         if self._watching is not None:
             await self._watching.stop()
         if self._process is not None and self._launch is not None:
+            if self._machine is None:
+                self._process.terminate()
             await asyncio.to_thread(_ended, self._process)
             if not self._process.returncode:
                 self._launch.clear()

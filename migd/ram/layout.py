@@ -8,11 +8,15 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from migd.ram.bitmap import PageBitmap, PageIndices, Run
+from migd.ram.bitmap import PageBitmap, PageIndices, Run, expand_runs
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 
 _LOOK_PAGES = 512
 """2 MiB, which stay in the processor's cache."""
+
+_GATHERED_PAGES = 512
+_SHORT_RUN_PAGES = 8
+"""Copying 8 pages takes as long as an array of its own for a run."""
 
 
 class RamLayout:
@@ -64,11 +68,11 @@ class RamLayout:
         GuestError if it cannot be read.
         """
         runs = self.touched().runs()
-        pieces = (
+        pieces = [
             (low, min(low + _LOOK_PAGES, stop))
             for start, stop in runs
             for low in range(start, stop, _LOOK_PAGES)
-        )
+        ]
         return not any(pages.any() for pages in self.look(pieces))
 
     def read(self, indices: PageIndices, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -77,8 +81,16 @@ class RamLayout:
             block.read(local, out[rows])
         return out[: len(indices)]
 
-    def look(self, runs: Iterable[Run]) -> Iterator[NDArray[np.uint8]]:
-        """The pages of ascending runs in order, in arrays; see ``RamBlock.look``."""
+    def look(self, runs: Sequence[Run]) -> Iterator[NDArray[np.uint8]]:
+        """The pages of ascending runs in order, in arrays; see ``RamBlock.look``.
+
+        Short runs are gathered into one array: 0.2 ms for 500 single pages of a memfd; an array for each takes
+        1.2.
+        """
+        pages = sum(stop - start for start, stop in runs)
+        if pages <= _GATHERED_PAGES and pages < len(runs) * _SHORT_RUN_PAGES:
+            yield self.read(expand_runs(np.array(runs)), np.empty((pages, PAGE_BYTES), np.uint8))
+            return
         for block, start, stop in self._cut(runs):
             yield block.look(start, stop)
 
