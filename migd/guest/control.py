@@ -10,7 +10,7 @@ lies in a memfd whose descriptor travels, so no size limit of the socket applies
                                         <-        Attached  [RAM fds if it had none] + [hint socket]
                                         <-          | Declined
                                         <-        Expect       a guest in readiness learns its migration
-    Prepared                            ->        its machine is there (later, unasked, if it is opaque)
+    Prepared | Failed                   ->        its machine is there (later, unasked, if it is opaque)
                                         <-        Arm          writes are to be logged
     Armed   [pagemap fd] | Failed       ->
                                         <-        Harvest      of a log that the guest keeps itself

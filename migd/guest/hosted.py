@@ -80,7 +80,7 @@ class HostedGuest:
     def description(self) -> control.Attach | control.Prepared | None:
         """The newest that its process has said of ``pid``, ``kind`` and ``tracking``; None before it has."""
         link = self._link
-        if link is not None and link.prepared.done() and not link.prepared.cancelled():
+        if link is not None and link.is_prepared:
             return link.prepared.result()
         return self._attach
 

@@ -53,11 +53,20 @@ class GuestLink:
             self.checked.set_result(message)
         elif isinstance(message, Prepared) and not self.prepared.done():
             self.prepared.set_result(message)
+        elif isinstance(message, Failed) and not message.id and not self.prepared.done():
+            self.prepared.set_exception(GuestError(f"guest {self._name}: {message.reason}"))
+            self.prepared.exception()  # perhaps nobody waits for it
         waiting = self._waiting.pop(message.id, None)
         if waiting is None or waiting.done():
             control.close_all(fds)  # the answer to a request nobody waits for any more
         else:
             waiting.set_result((message, fds))
+
+    @property
+    def is_prepared(self) -> bool:
+        """PREPARED has come."""
+        prepared = self.prepared
+        return prepared.done() and not prepared.cancelled() and prepared.exception() is None
 
     def tell(self, message: ToGuest, fds: list[int] | None = None) -> None:
         """Send without waiting for an answer. GuestError if the guest does not read or is gone."""

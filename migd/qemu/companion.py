@@ -81,6 +81,8 @@ class Companion:
         self._link: DaemonLink | None = None
         self._relay: HintRelay | None = None
         self._relaying: Runner | None = None
+        self._declined = ""
+        """Why, the last time: it is said once."""
         self._watching: Runner | None = None
         self._saving: asyncio.Future[bytes] | None = None
         """Of the paused guest's state, before it is asked for."""
@@ -223,6 +225,7 @@ class Companion:
                 immovable = isinstance(error, Immovable)
                 link.send(control.Failed(id=message.id, reason=str(error), immovable=immovable))
                 if self._machine is None:
+                    await asyncio.sleep(RETRY_S)  # the daemon is to hear the reason before our end
                     raise
             finally:
                 control.close_all(fds)
@@ -234,7 +237,9 @@ class Companion:
                 await self._attached(link, message, fds)
                 return
             case control.Declined(reason=reason):
-                self._say(f"the daemon declined: {reason}")
+                if reason != self._declined:
+                    self._say(f"the daemon declined: {reason}")
+                self._declined = reason
                 if self._machine is None or self._options.qmp is not None:
                     self._end(EXIT_DECLINED)
                 await asyncio.sleep(RETRY_S)

@@ -21,13 +21,19 @@ from migd.ram.backing import PAGE_BYTES
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 12
+"""At a time: zlib may inflate it a thousandfold, and each MiB takes 2 ms, for which QEMU is not spoken to."""
+
 _WAITING_BYTES = 4 << 20
 """For the daemon, at most: then QEMU, and in the end the agent, is not read from."""
 
 
 class HintRelay:
-    """One hint port of one QEMU. ``run`` keeps its end of the port open; ``serve`` names the daemon's end."""
+    """One hint port of one QEMU. ``run`` keeps its end of the port open; ``serve`` names the daemon's end.
+
+    A daemon that hangs up wants no more of this guest's hints (R7): the port is closed until the next one
+    comes, so that nobody reads what a hostile guest goes on to send.
+    """
 
     def __init__(self, path: str, ram_map: Callable[[], RamMap]) -> None:
         """``path`` of the unix socket behind the port; ``ram_map`` gives the map as it is by now."""
@@ -38,26 +44,30 @@ class HintRelay:
         self._daemon: socket.socket | None = None
         self._decoder = HintDecoder()
         self._to_daemon = bytearray()
-        self._to_agent = bytearray()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
         self._lost = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled: connected to the port, again and again."""
+        """Until cancelled: connected to the port while it is wanted, again and again."""
         try:
             while True:
-                await self._connect()
-                await self._lost.wait()
+                await self._wanted.wait()
+                if await self._connect():
+                    await self._lost.wait()
         finally:
             self._drop_port()
             self.release()
 
-    async def _connect(self) -> None:
-        while True:
+    async def _connect(self) -> bool:
+        """False if it is not wanted any more."""
+        while self._wanted.is_set():
             sock = socket.socket(socket.AF_UNIX)
             sock.setblocking(False)
             try:
                 await self._loop.sock_connect(sock, self._path)
-                break
+                self._open(sock)
+                return True
             except OSError as error:
                 sock.close()
                 log.debug("hint port %s: %s", self._path, error)
@@ -65,6 +75,9 @@ class HintRelay:
             except BaseException:
                 sock.close()
                 raise
+        return False
+
+    def _open(self, sock: socket.socket) -> None:
         self._lost.clear()
         self._port, self._decoder = sock, HintDecoder()
         self._listen()
@@ -82,9 +95,10 @@ class HintRelay:
         sock.setblocking(False)
         self._daemon = sock
         self._loop.add_reader(sock, self._from_daemon)
+        self._wanted.set()
 
     def release(self) -> None:
-        """There is no daemon, or it wants no hints."""
+        """There is no daemon."""
         if self._daemon is not None:
             self._loop.remove_reader(self._daemon)
             self._loop.remove_writer(self._daemon)
@@ -100,6 +114,8 @@ class HintRelay:
             return
         if not data:
             self.release()
+            self._wanted.clear()
+            self._drop_port()
             return
         self._tell_agent(data)
 
@@ -174,7 +190,7 @@ def translate(frame: HintFrame, ram: RamMap) -> Iterator[HintFrame]:
             yield Ranges(epoch, ((start, 0),))  # an empty range: it is refused, and counted
         case Bitmap(epoch, start, pages, bits):
             for offset, count, piece in ram.bitmaps(start, pages, bits):
-                if any(piece):
+                if piece.count(0) < len(piece):
                     yield Bitmap(epoch, offset, count, piece)
         case _:
             yield frame

@@ -198,9 +198,9 @@ class QemuMachine:
         if marks is None:
             raise GuestError("the guest's marks are not watched: arm it first")
         runs = self.state is GuestState.RUNNING
-        if runs:
-            await self.monitor.ask("stop")
         try:
+            if runs:
+                await self.monitor.ask("stop")
             written = await asyncio.to_thread(marks.written)
             await asyncio.to_thread(marks.clear)
         finally:
@@ -235,10 +235,12 @@ class QemuMachine:
             await self.prepare()
             await self._memos.write(Memo(GuestState.PAUSED, migration, self._settings))
             self._stream = await StateStream.open(self.monitor)
+            # Whether QEMU's answer comes or not: from here on it takes a RESUME to have the guest run for sure.
+            self.state, self.migration = GuestState.PAUSED, migration
             await self._stop()
         elif migration != self.migration:
             await self._memos.write(Memo(GuestState.PAUSED, migration, self._settings))
-        self.state, self.migration = GuestState.PAUSED, migration
+            self.migration = migration
 
     async def _stop(self) -> None:
         self._moments.pop("STOP", None)

@@ -42,7 +42,9 @@ class StateStream:
         drained = asyncio.ensure_future(self._drained())
         try:
             await self._monitor.ask("migrate", {"uri": f"fd:{_NAME}"})
-            info, _ = await completed(self._monitor, COMMAND_S)
+            info, run_state = await completed(self._monitor, COMMAND_S)
+            if run_state == "running":
+                raise GuestError("somebody else has the guest run on in QEMU, which migd has stopped")
             return await drained, int(info.get("ram", {}).get("total", 0))
         finally:
             drained.cancel()
