@@ -83,9 +83,12 @@ class HandOver:
         """The guest's process has ended; or only its connection, and it comes back over another."""
         return self._guest.gone
 
-    async def ready(self) -> None:
-        """The image is verified and loaded: durable, and GO may come."""
+    async def write_ready(self) -> None:
+        """The image is verified: durable before ``ready``, and void if that never comes."""
         await self._mark(Mark.READY)
+
+    async def ready(self) -> None:
+        """It is loaded, too: GO may come."""
         await self._enter(DestinationState.READY)
 
     # -- GO -----------------------------------------------------------------------------------------

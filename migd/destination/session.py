@@ -36,7 +36,7 @@ from migd.migration.state import DestinationState, destination_progress
 from migd.migration.stats import Arrival
 from migd.ram.block import PAGE_BYTES, BlockShape
 from migd.ram.digest import frame_digest
-from migd.tasks import Runner, guarded
+from migd.tasks import Runner, guarded, together
 from migd.wire import handshake, messages
 from migd.wire.framing import Frame
 from migd.wire.messages import Hello
@@ -253,7 +253,6 @@ class DestinationSession:
                 tasks.create_task(self._receive_stream(link))
             state = await self._receive_state()
         await self._enter(DestinationState.LOADING)
-        await self.guest.load(state)
         services = self._services
         handover = HandOver(
             self.passage,
@@ -264,6 +263,8 @@ class DestinationSession:
             services.limits,
             services.observer,
         )
+        # Both are due before READY is sent. The record by itself promises nothing (migd/migration/decision.py).
+        await together(self.guest.load(state), handover.write_ready())
         await handover.ready()
         self.handover = handover
 

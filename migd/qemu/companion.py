@@ -91,6 +91,8 @@ class Companion:
         self._process: subprocess.Popen[bytes] | None = None
         self._launch: Launch | None = None
         self._exit: asyncio.Future[int] | None = None
+        self._ready = False
+        """Has been attached once."""
 
     async def run(self) -> int:
         """See ``run_companion``."""
@@ -329,6 +331,10 @@ class Companion:
         if self._relay is not None and self._hint_socket is not None:
             self._relay.serve(self._hint_socket)
             self._hint_socket = None
+        if not self._ready:
+            self._ready = True
+            machine = self._beside
+            self._say(f"ready: {machine.name}, {machine.state}, writes found by {machine.tracking()}")
 
     async def _start(self, blocks: tuple[Block, ...], fds: list[int]) -> None:
         """Start QEMU on this RAM, and stand beside it; the descriptors are ours."""
@@ -376,7 +382,6 @@ class Companion:
             self._relaying = Runner(self._relay.run())
         else:
             self._say("QEMU has no port org.migd.hints.0: its guest cannot say which pages are free")
-        self._say(f"ready: {machine.name}, {machine.state}, writes found by {machine.tracking()}")
 
     async def _watch(self, machine: QemuMachine) -> None:
         """We end with QEMU; the exit code says whether it was asked to."""

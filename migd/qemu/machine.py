@@ -198,6 +198,8 @@ class QemuMachine:
         if marks is None:
             raise GuestError("the guest's marks are not watched: arm it first")
         runs = self.state is GuestState.RUNNING
+        if not runs and (obstacle := self._tracking.obstacle()):  # for the last time
+            raise GuestError(f"writes may have been missed: {obstacle}")
         try:
             if runs:
                 await self.monitor.ask("stop")
@@ -235,7 +237,7 @@ class QemuMachine:
             await self.prepare()
             await self._memos.write(Memo(GuestState.PAUSED, migration, self._settings))
             self._stream = await StateStream.open(self.monitor)
-            # Whether QEMU's answer comes or not: from here on it takes a RESUME to have the guest run for sure.
+            # Whether QEMU's answer comes or not: from here on only a RESUME has the guest run for sure.
             self.state, self.migration = GuestState.PAUSED, migration
             await self._stop()
         elif migration != self.migration:

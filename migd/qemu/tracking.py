@@ -48,7 +48,7 @@ class Tracking:
             raise LiveUnsupported(
                 f"QEMU was started without the preload, and this kernel has no soft-dirty marks: {_PRELOAD}"
             )
-        if obstacle := self._obstacle():
+        if obstacle := self.obstacle():
             raise LiveUnsupported(f"QEMU was started without the preload, and {obstacle}: {_PRELOAD}")
         return Log.SOFT_DIRTY
 
@@ -64,7 +64,8 @@ class Tracking:
         ranges = [(each.address, each.bytes // PAGE_BYTES) for each in self.mappings()]
         return SoftDirty(self._process.pid, ranges)
 
-    def _obstacle(self) -> str | None:
+    def obstacle(self) -> str | None:
+        """Why soft-dirty marks must not be believed, if so: swap may be turned on at any time."""
         marks = self.marks()
         try:
             return next((why for fd in self._fds if (why := marks.obstacle(fd))), None)
