@@ -263,7 +263,7 @@ class DestinationSession:
             services.limits,
             services.observer,
         )
-        # Both are due before READY is sent. The record by itself promises nothing (migd/migration/decision.py).
+        # Both are due before READY is sent. The record alone promises nothing (migd/migration/decision.py).
         await together(self.guest.load(state), handover.write_ready())
         await handover.ready()
         self.handover = handover

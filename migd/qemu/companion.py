@@ -119,7 +119,10 @@ class Companion:
             self._exit.set_result(code)
 
     async def _close(self) -> None:
-        """QEMU ends with us if we have started it; one that was there before goes on, with its settings."""
+        """QEMU ends with us if we have started it; one that was there before goes on, with its settings.
+
+        So does one with a guest that runs, or is to run again, if we end by a fault of our own.
+        """
         if self._relaying is not None:
             await self._relaying.stop()
         if self._hint_socket is not None:
@@ -130,18 +133,28 @@ class Companion:
         if self._machine is not None:
             with suppress(MigdError):
                 await self._machine.disarm()
-            if self._process is not None:
+            if self._process is not None and not self._spared:
                 await self._machine.quit()
             await self._machine.monitor.close()
             self._machine.close()
         if self._watching is not None:
             await self._watching.stop()
         if self._process is not None and self._launch is not None:
+            if self._spared:
+                self._say(f"QEMU (pid {self._process.pid}) goes on: migd qemu --qmp {self._launch.qmp}")
+                self._process.returncode = 0  # it outlives us on purpose: no warning from Popen's destructor
+                return
             if self._machine is None:
                 self._process.terminate()
             await asyncio.to_thread(_ended, self._process)
             if not self._process.returncode:
                 self._launch.clear()
+
+    @property
+    def _spared(self) -> bool:
+        """Nobody has told us to end, and QEMU has a guest."""
+        told = self._exit is not None and self._exit.done()
+        return not told and self._machine is not None and self._machine.state is not GuestState.INCOMING
 
     # -- the daemon ---------------------------------------------------------------------------------
 

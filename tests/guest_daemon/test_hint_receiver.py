@@ -164,6 +164,18 @@ async def test_no_declaration_in_time_is_none_and_a_later_one_counts_next_time()
         assert await guest.channel.declare(10) is FreeContract.ANYTHING
 
 
+async def test_a_guest_that_has_declared_nothing_is_greeted_again_as_the_first_time_may_be_lost() -> None:
+    """An agent that ended with the greeting unread took it along: the next one never heard of it."""
+    async with hinting() as guest:
+        assert await guest.hear() == Greet()
+        assert await guest.channel.declare(0.01) is FreeContract.NONE
+        assert await guest.hear() == Greet()
+        await guest.say(HELLO)
+        assert await guest.channel.declare(10) is FreeContract.ANYTHING
+        await guest.request(7)
+        assert await guest.hear() == Request(7)
+
+
 # -- what an answer means ---------------------------------------------------------------------------------
 
 

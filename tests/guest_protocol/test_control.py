@@ -23,12 +23,15 @@ FROM_GUEST: list[Any] = [
     control.Running(id=4, stopped_at_ns=1_700_000_000_000_000_000, resumed_at_ns=1_700_000_000_000_000_001),
     control.Checked(pages=10, wrong=1, first_wrong=7),
     control.Done(id=5),
-    control.Failed(id=6, reason="no: \u00fc \x00"),
+    control.Failed(id=6, reason="no: \u00fc \x00"), control.Failed(id=6, reason="never", immovable=True),
+    control.Prepared(pid=7, kind="QEMU 10.0.2", tracking="userfaultfd"), control.Harvested(id=9),
+    control.Armed(id=2, addresses=(4096,), log=control.Log.SOFT_DIRTY), control.Saved(id=10),
 ]  # fmt: skip
 TO_GUEST: list[Any] = [
     control.Attached(id=1, blocks=(control.Block("ram", 1),)), control.Declined(id=1, reason="full"),
     control.Arm(id=2), control.Disarm(id=3), control.Pause(id=4, migration="m1"), control.Resume(id=5),
-    control.Load(id=6), control.Start(id=7), control.Quit(id=8),
+    control.Load(id=6), control.Start(id=7), control.Quit(id=8), control.Expect(migration="m1"),
+    control.Harvest(id=9), control.Save(id=10),
 ]  # fmt: skip
 
 Pair = tuple[socket.socket, socket.socket]
