@@ -77,13 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     # fmt: off
     add = parser.add_argument
-    add("--ram", type=_size, default="2G", metavar="SIZE",
+    add("--ram", type=size, default="2G", metavar="SIZE",
         help="RAM of the guest, like 512Mi or 2G, down to whole pages; default: 2G")
     add("--case", nargs="+", action="extend", metavar="NAME", help="only these cases; default: all")
-    add("--runs", type=_count, default=5, metavar="N", help="runs of each; default: 5")
-    add("--write-rate", nargs="+", action="extend", type=_size, metavar="SIZE",
+    add("--runs", type=count, default=5, metavar="N", help="runs of each; default: 5")
+    add("--write-rate", nargs="+", action="extend", type=size, metavar="SIZE",
         help="bytes a second that the live-writer writes, a row for each; default: 50M 200M")
-    add("--streams", type=_count, metavar="N", help="TCP connections of a migration")
+    add("--streams", type=count, metavar="N", help="TCP connections of a migration")
     add("--verify", choices=["auto", "strict", "late", "off"],
         help="when the source checks that no write was missed")
     add("--compression", choices=["auto", "lz4", "none"], help="of the pages sent")
@@ -93,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)

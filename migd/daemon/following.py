@@ -50,9 +50,16 @@ class Following:
         return await self._worker.run(self._history.newest, request.limit)
 
     def _going_on(self) -> list[SourceSession | DestinationSession]:
-        """Those that leave last: a guest that has just arrived may be on its way already."""
+        """Those that leave last: a guest that has just arrived may be on its way already.
+
+        One that is over goes on until it is in the history.
+        """
         arriving = [session for session in self._reception.sessions.values() if not session.over.is_set()]
-        leaving = [session for session in self._departures.sessions.values() if not session.ended]
+        leaving = [
+            session
+            for session in self._departures.sessions.values()
+            if not session.ended or self._departures.acts(session.migration)
+        ]
         return [*arriving, *leaving]
 
     async def _last(self, target: str) -> Remembered:

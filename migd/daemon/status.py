@@ -8,7 +8,7 @@ from migd.control.commands import GuestStatus, MigrationStatus
 from migd.destination.session import DestinationSession
 from migd.guest.control import STUB
 from migd.guest.hosted import HostedGuest
-from migd.ram import linux
+from migd.ram import linux, soft_dirty
 from migd.source.attempt import DirtyLogChoice
 from migd.source.session import SourceSession
 
@@ -63,7 +63,7 @@ def of_arrival(session: DestinationSession) -> MigrationStatus:
     )
 
 
-_SOFT_DIRTY = "not used, as reading the marks and clearing them are two steps"
+_SOFT_DIRTY = "there, and used only for a QEMU, which can be held still while they are read and cleared"
 
 
 def write_tracking(choice: DirtyLogChoice) -> str:
@@ -73,7 +73,7 @@ def write_tracking(choice: DirtyLogChoice) -> str:
     try:
         os.close(linux.userfaultfd())
     except OSError as error:
-        missing = f"{error.strerror}; soft-dirty: {_SOFT_DIRTY if linux.soft_dirty() else 'none'}"
+        missing = f"{error.strerror}; soft-dirty: {_SOFT_DIRTY if soft_dirty.supported() else 'none'}"
     else:
         return "userfaultfd"
     if choice is DirtyLogChoice.USERFAULTFD:

@@ -15,6 +15,7 @@ from migd.doctor.finding import Finding, fail, ok, warn
 from migd.doctor.system import System
 from migd.errors import ResourceError
 from migd.ram import linux
+from migd.ram import soft_dirty as marks
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 
 _LIBRARIES = ("click", "lz4", "msgspec", "numpy", "rich", "uvloop", "xxhash")
@@ -98,8 +99,8 @@ class RamMapping:
 
 def soft_dirty() -> Finding:
     """The older kind of write tracking."""
-    found = "there" if linux.soft_dirty() else "not there"
-    return ok("soft-dirty", f"{found}, not used: reading its marks and clearing them are two steps")
+    found = "there" if marks.supported() else "not there"
+    return ok("soft-dirty", f"{found}; for a QEMU without the preload, which holds still while they are read")
 
 
 def sealing() -> Finding:

@@ -29,10 +29,10 @@ from migd.qemu.process import QemuProcess, holder_of
 from migd.qemu.ram_files import open_ram
 from migd.qemu.ram_map import RamMap
 from migd.qemu.settings import Settings
-from migd.qemu.soft_dirty import SoftDirty
 from migd.qemu.state_stream import StateStream, cancelled
 from migd.qemu.tracking import Tracking
 from migd.ram.backing import PAGE_BYTES
+from migd.ram.soft_dirty import SoftDirty
 
 _EVENT_S = 0.05
 """An event is sent before the answer to the command that caused it, but taken in beside it."""
@@ -336,14 +336,17 @@ class QemuMachine:
         await self._stream.await_state()
 
     async def load(self, blob: bytes) -> None:
-        """Take the device state in; RAM is complete. GuestError if it is not for this QEMU, or it refuses."""
+        """Take the device state in; RAM is complete. GuestError if QEMU refuses it, and perhaps ends over it.
+
+        Refused, and QEMU has seen nothing of it, if it is the state of another machine type.
+        """
         stream, self._stream = self._stream, None
         if self.state is not GuestState.INCOMING or stream is None:
             raise GuestError(f"a {self.state} guest loads no device state, or not twice")
         try:
             heading, state = device_state.decode(blob)
             if heading.machine != self._found.machine:
-                raise GuestError(
+                raise Refused(
                     f"the guest has machine type {heading.machine} at its source and {self._found.machine} "
                     f"here: start QEMU with -machine {heading.machine}"
                 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import mmap
 import os
 import platform
 import struct
@@ -132,31 +131,6 @@ def _protect(pagemap_fd: int, address: int, length: int, category: int) -> NDArr
             raise OSError(5, f"PAGEMAP_SCAN made no progress at {start:#x}")
         start = walked
     return np.concatenate(found) if found else np.zeros((0, 2), np.uint64)
-
-
-_PAGEMAP_ENTRY = struct.Struct("<Q")
-_PAGEMAP_SOFT_DIRTY = 1 << 55
-
-
-def soft_dirty() -> bool:
-    """Whether this kernel marks written pages as soft-dirty, found out by writing one.
-
-    Not usable as a dirty log, only reported: reading the marks and clearing them are two steps, and what a
-    running guest writes in between is lost (W06).
-    """
-    try:
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as page:
-            page[0] = 1
-            address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-            offset = address // mmap.PAGESIZE * _PAGEMAP_ENTRY.size
-            (entry,) = _PAGEMAP_ENTRY.unpack(os.pread(pagemap, _PAGEMAP_ENTRY.size, offset))
-    finally:
-        os.close(pagemap)
-    return bool(entry & _PAGEMAP_SOFT_DIRTY)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

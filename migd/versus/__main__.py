@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from migd.bench.options import count, size
 from migd.bench.progress import RunNarrator
 from migd.errors import MigdError
-from migd.sizes import parse_bytes
 from migd.versus.bench import run_versus
 from migd.versus.cases import Case, Contender
 from migd.versus.table import report_text
@@ -70,26 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     # fmt: off
     add = parser.add_argument
-    add("--ram", type=_size, default="1Gi", metavar="SIZE", help="RAM of the guest; default: 1Gi")
-    add("--runs", type=_count, default=5, metavar="N", help="runs of each; default: 5")
+    add("--ram", type=size, default="1Gi", metavar="SIZE", help="RAM of the guest; default: 1Gi")
+    add("--runs", type=count, default=5, metavar="N", help="runs of each; default: 5")
     add("--case", nargs="+", choices=list(Case.__members__), help="only these; default: all")
     add("--contender", nargs="+", choices=list(Contender.__members__), help="only these; default: all")
     add("--json", type=Path, metavar="FILE", help="write everything there, too")
     # fmt: on
     return parser
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
 
 
 def _complain(text: str) -> None:

@@ -21,8 +21,8 @@ from migd.errors import GuestError, LiveUnsupported, Refused
 from migd.guest.control import GuestState
 from migd.guest.hosted import HostedGuest
 from migd.lab.emulators import Emulator
-from migd.qemu import soft_dirty
 from migd.qemu.monitor import Monitor
+from migd.ram import soft_dirty
 from migd.ram.block import BlockShape
 from tests.guest_daemon import scripted
 from tests.guest_daemon.scripted import MIGRATION, House, house

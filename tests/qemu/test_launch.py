@@ -14,11 +14,11 @@ import pytest
 from migd.errors import ConfigError
 from migd.guest.control import Block
 from migd.lab.emulators import Emulator
-from migd.qemu import soft_dirty
 from migd.qemu.inventory import examine
 from migd.qemu.launch import PLACEHOLDERS, Launch
 from migd.qemu.machine import QemuMachine
 from migd.qemu.monitor import Monitor
+from migd.ram import soft_dirty
 from migd.ram.block import BlockShape, RamBlock
 from tests.support.qemu import FIRST_WORDS, WAIT_S, await_ticks
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from migd.errors import GuestError, LiveUnsupported
+from migd.errors import GuestError, LiveUnsupported, Refused
 from migd.guest.control import Block, GuestState, Log
 from migd.lab.emulators import Emulator
-from migd.qemu import device_state, inventory, soft_dirty
+from migd.qemu import device_state, inventory
 from migd.qemu.machine import Immovable, QemuMachine
 from migd.qemu.memo import Memo, MemoStore
 from migd.qemu.monitor import CommandRefused, Monitor
 from migd.qemu.settings import Settings
+from migd.ram import soft_dirty
 from migd.ram.block import PAGE_BYTES
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog
 from tests.support.qemu import HINT_PORT, MIB, RAM_BYTES, WAIT_S, Hatchery, Qemu, await_ticks, ticks
@@ -621,7 +622,7 @@ async def test_a_state_of_another_machine_type_is_refused_before_qemu_sees_it(qe
             r"machine type pc-i440fx-6\.2 at its source and pc-i440fx-7\.0 here: start QEMU with "
             r"-machine pc-i440fx-6\.2"
         )
-        with pytest.raises(GuestError, match=reason):
+        with pytest.raises(Refused, match=reason):
             await machine.load(state)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from migd.errors import GuestError, LiveUnsupported
-from migd.ram import linux
+from migd.ram import linux, soft_dirty
 from migd.ram.block import PAGE_BYTES, BlockShape, RamBlock
 from migd.ram.dirty_log import ArmedRange, KernelDirtyLog, WriteProtection
 from tests.support.placing import put_pages
@@ -341,7 +341,7 @@ def test_arming_and_disarming_leaks_nothing() -> None:
 def test_this_kernel_marks_pages_as_soft_dirty_if_it_was_built_to() -> None:
     """Found out by writing a page, and nothing is left open; the kernel's configuration says the same."""
     before = set(os.listdir("/proc/self/fd"))
-    found = linux.soft_dirty()
+    found = soft_dirty.supported()
     assert set(os.listdir("/proc/self/fd")) == before
     try:
         built = gzip.decompress(Path("/proc/config.gz").read_bytes()).decode()

@@ -23,10 +23,9 @@ import pytest
 from migd.lab import emulators
 from migd.lab.debian import LabUnavailable
 from migd.lab.image import image
-from migd.qemu import soft_dirty
-from migd.qemu.soft_dirty import SoftDirty
-from migd.ram import linux
+from migd.ram import soft_dirty
 from migd.ram.block import PAGE_BYTES
+from migd.ram.soft_dirty import SoftDirty
 
 ROUNDS = 20
 BOOT_S = 240.0
@@ -310,10 +309,6 @@ def address_of(memory: mmap.mmap) -> int:
 
 def pages_of(bits: bytes) -> set[int]:
     return {8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1}
-
-
-def test_it_is_found_out_by_writing_a_page() -> None:
-    assert soft_dirty.supported() is linux.soft_dirty()
 
 
 @pytest.mark.parametrize("slice_pages", [1, 7, 1 << 10, 1 << 17])
