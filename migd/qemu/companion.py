@@ -11,8 +11,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +26,11 @@ from migd.qemu.hint_relay import HintRelay
 from migd.qemu.launch import Launch
 from migd.qemu.machine import Immovable, QemuMachine
 from migd.qemu.monitor import Monitor
+from migd.qemu.started import StartedQemu
 from migd.ram.backing import PAGE_BYTES
-from migd.tasks import Runner, guarded
+from migd.tasks import Runner
 
 CONNECT_S = 5.0
-QEMU_S = 8.0
-"""For a QEMU that was just started to answer: it takes 0.1 to 0.3 s."""
 RETRY_S = 0.2
 ORPHAN_S = 60.0
 """A QEMU that waits for a guest which never came ends when no daemon has come back in this time."""
@@ -42,7 +39,7 @@ RAM_BLOCK = "ram"
 """What the RAM of a guest that begins here is called, as its memory backend must be."""
 
 EXIT_DECLINED = 3
-EXIT_ORPHAN = 1
+EXIT_ORPHAN = EXIT_DIED = 1
 _EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
@@ -88,8 +85,8 @@ class Companion:
         """Of the paused guest's state, before it is asked for."""
         self._hint_socket: socket.socket | None = None
         """Before there is a QEMU to relay for."""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._launch: Launch | None = None
+        self._own: StartedQemu | None = None
+        """QEMU's process, if we have started it."""
         self._exit: asyncio.Future[int] | None = None
         self._ready = False
         """Has been attached once."""
@@ -133,22 +130,18 @@ class Companion:
         if self._machine is not None:
             with suppress(MigdError):
                 await self._machine.disarm()
-            if self._process is not None and not self._spared:
+            if self._own is not None and not self._spared:
                 await self._machine.quit()
             await self._machine.monitor.close()
             self._machine.close()
         if self._watching is not None:
             await self._watching.stop()
-        if self._process is not None and self._launch is not None:
-            if self._spared:
-                self._say(f"QEMU (pid {self._process.pid}) goes on: migd qemu --qmp {self._launch.qmp}")
-                self._process.returncode = 0  # it outlives us on purpose: no warning from Popen's destructor
-                return
+        if self._own is not None and self._spared:
+            self._say(self._own.let_go())
+        elif self._own is not None:
             if self._machine is None:
-                self._process.terminate()
-            await asyncio.to_thread(_ended, self._process)
-            if not self._process.returncode:
-                self._launch.clear()
+                self._own.terminate()
+            await self._own.end()
 
     @property
     def _spared(self) -> bool:
@@ -316,10 +309,8 @@ class Companion:
         try:
             await machine.load(control.blob_bytes(fds[0]))
         except GuestError as error:
-            if self._process is not None and self._launch is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    await asyncio.to_thread(self._process.wait, RETRY_S)
-                    raise self._launch.died(self._process) from error
+            if self._own is not None and (failure := await self._own.failure(RETRY_S)) is not None:
+                raise failure from error
             raise
 
     async def _quit(self, code: int) -> None:
@@ -353,32 +344,19 @@ class Companion:
         """Start QEMU on this RAM, and stand beside it; the descriptors are ours."""
         options = self._options
         directory = options.daemon.parent / f"qemu-{options.name}"
-        self._launch = Launch(options.name, options.command, directory, bool(options.incoming))
+        launch = Launch(options.name, options.command, directory, bool(options.incoming))
         if not blocks or len(fds) != len(blocks):
             control.close_all(fds)
             raise GuestError(f"the daemon gave {len(blocks)} RAM blocks and {len(fds)} descriptors")
-        self._process, untracked = self._launch.start(blocks, fds)
-        if untracked:
-            self._say(f"writes are not tracked by the kernel: {untracked}")
         try:
-            connecting = Monitor.connect(self._launch.qmp, QEMU_S, retry=True)
-            monitor = await self._while_alive(self._process, self._launch, connecting)
+            self._own = StartedQemu(launch, blocks, fds)
+            if self._own.untracked:
+                self._say(f"writes are not tracked by the kernel: {self._own.untracked}")
+            monitor = await self._own.monitor()
         except BaseException:
             control.close_all(fds)
             raise
         await self._stand_beside(monitor, blocks, fds)
-
-    async def _while_alive(
-        self, process: subprocess.Popen[bytes], launch: Launch, connecting: Coroutine[Any, Any, Monitor]
-    ) -> Monitor:
-        """GuestError, with QEMU's own last words, if it ends instead."""
-
-        async def end() -> None:
-            while process.poll() is None:  # noqa: ASYNC110  # a child has no event
-                await asyncio.sleep(RETRY_S / 4)
-            raise launch.died(process)
-
-        return await guarded(connecting, end())
 
     async def _stand_beside(
         self, monitor: Monitor, blocks: tuple[Block, ...] = (), fds: list[int] | None = None
@@ -399,14 +377,11 @@ class Companion:
     async def _watch(self, machine: QemuMachine) -> None:
         """We end with QEMU; the exit code says whether it was asked to."""
         await machine.monitor.ended()
-        code = 0
-        if self._process is not None and self._launch is not None:
-            with suppress(subprocess.TimeoutExpired):
-                code = 1 if await asyncio.to_thread(self._process.wait, 1.0) else 0
-            if code:
-                self._say(str(self._launch.died(self._process)))
+        failure = await self._own.failure() if self._own is not None else None
+        if failure is not None:
+            self._say(str(failure))
         await asyncio.sleep(RETRY_S)  # for the answer to a daemon that has asked something, and hears why
-        self._end(code)
+        self._end(0 if failure is None else EXIT_DIED)
 
     def _say(self, line: str) -> None:
         """One line on stdout, whose reader may be gone: a daemon that spawned us and died."""
@@ -426,12 +401,3 @@ def _with_id(running: control.Running, request: int) -> control.Running:
     return control.Running(
         id=request, stopped_at_ns=running.stopped_at_ns, resumed_at_ns=running.resumed_at_ns
     )
-
-
-def _ended(process: subprocess.Popen[bytes]) -> None:
-    """It was asked to quit; it ends in any case."""
-    try:
-        process.wait(RETRY_S * 5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
