@@ -47,7 +47,8 @@ def main() -> None:
     \b
     On every host:             migd serve --config configs/serve.toml
                                (or migd source, migd destination: one role only)
-    Where the guest is:        migd guest --name vm1 --ram 1Gi &
+    Where the guest is:        migd guest --name vm1 --ram 1Gi &    (a process to try it with)
+                               migd qemu --name vm1 --qmp SOCKET &  (a virtual machine)
                                migd migrate vm1 --to 127.0.0.1:7440
     See it all at once:        migd demo
     """

@@ -8,7 +8,7 @@ import sys
 import time
 
 from migd.errors import MigdError
-from migd.lab.emulators import Emulator, emulators
+from migd.lab.emulators import Emulator, compiler, emulators
 from migd.lab.image import Image, image
 from migd.lab.workbench import Recipe, boot
 
@@ -28,6 +28,7 @@ def main() -> int:
         found = emulators(progress=_say)
         for emulator in found:
             _say(f"{emulator}: {emulator.command[0]}")
+        _say(f"C compiler: {compiler(progress=_say)}")
         if options.do == "boot":
             _try(found[-1], guest)
     except MigdError as error:

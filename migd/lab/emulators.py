@@ -16,6 +16,8 @@ from migd.lab.debian import Apt, LabUnavailable, Progress
 _PROGRAM = "qemu-system-x86_64"
 _PACKAGES = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
 _MODERN = (10,)
+_COMPILERS = ("gcc", "cc", "clang")
+_COMPILER_PACKAGES = ("gcc", "libc6-dev")
 _CALL_S = 20.0
 
 _LIBRARY = re.compile(r"(lib|zlib|liburing).*")
@@ -57,6 +59,16 @@ def installed(*, progress: Progress = debian.silent) -> Emulator:
         progress("QEMU: installing Debian's")
         debian.install(_PACKAGES[:1])
     return _emulator((shutil.which(_PROGRAM) or _PROGRAM,), {})
+
+
+def compiler(*, progress: Progress = debian.silent) -> str:
+    """A C compiler for the preload that these QEMUs are started with; installed first where it is missing."""
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        progress("a C compiler: installing Debian's, for the preload")
+        debian.install(_COMPILER_PACKAGES)
+        found = shutil.which(_COMPILERS[0]) or _COMPILERS[0]
+    return found
 
 
 def newest(*, progress: Progress = debian.silent) -> Emulator:

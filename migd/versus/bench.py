@@ -37,6 +37,7 @@ def run_versus(
     """
     begins("preparing the guest")
     guest, emulator = image.image(progress=noted), emulators.newest(progress=noted)
+    emulators.compiler(progress=noted)
     rows = {(case, contender): list[Run]() for case in cases for contender in contenders}
     for number in range(1, runs + 1):
         for (case, contender), before in rows.items():
