@@ -33,7 +33,8 @@ def pair() -> Iterator[DaemonPair]:
 def test_the_commands() -> None:
     assert COMMANDS == [
         "agent", "attach", "cancel", "clean", "config", "demo", "destination", "doctor", "events", "guest",
-        "history", "list", "migrate", "preload", "qemu", "resolve", "serve", "set", "source", "status", "wait",
+        "history", "list", "migrate", "preload", "qemu", "resolve", "serve", "set", "source", "status",
+        "wait",
     ]  # fmt: skip
 
 

@@ -33,7 +33,11 @@ LAYERS: list[set[str]] = [
     {"limits", "sizes", "tasks"},
     {"errors"},
 ]
-BESIDE = {"cli": {"demo", "report", "versus"}, "demo": {"cli", "report", "versus"}, "versus": {"bench", "report"}}
+BESIDE = {
+    "cli": {"demo", "report", "versus"},
+    "demo": {"cli", "report", "versus"},
+    "versus": {"bench", "report"},
+}
 """The demo stands beside the command line and may import anything."""
 
 NEVER: dict[str, set[str]] = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from migd.control import commands
 from migd.migration.state import CANCELLABLE, DestinationState, SourceState
 from tests.support.pair import DaemonPair, daemon_pair, eventually, finish, migd, ram_digest
 from tests.support.scene import Scene, name_of, scene
@@ -51,6 +52,25 @@ def test_after_a_cancel_the_guest_runs_on_and_can_be_migrated(cancelled: Scene, 
 def pair() -> Iterator[DaemonPair]:
     with daemon_pair(held=True) as pair:
         yield pair
+
+
+def test_whoever_asks_in_the_last_moments_of_a_migration_hears_how_it_ended(pair: DaemonPair) -> None:
+    """It is over, and not in the history yet."""
+    guest = pair.guest()
+    pair.source.hold(SourceState.BULK)
+    migration = pair.launch(guest.name)
+    pair.source.wait_held(SourceState.BULK)
+    pair.source.hold(SourceState.CANCELLED)
+    assert pair.cancel(guest.name).exit_code == 0
+    pair.source.release(SourceState.BULK)
+    pair.source.wait_held(SourceState.CANCELLED)
+    replies = pair.source.client.ask(commands.Attach(target=migration))
+    first = next(replies)
+    assert isinstance(first, commands.Moving), first
+    pair.source.release(SourceState.CANCELLED)
+    last = list(replies)[-1]
+    assert isinstance(last, commands.Finished), last
+    assert last.result.outcome == "cancelled"
 
 
 def test_ctrl_c_cancels_and_says_so(pair: DaemonPair) -> None:

@@ -12,6 +12,7 @@ from migd.lab.debian import LabUnavailable, built_once
 from migd.lab.emulators import Emulator, emulators
 from migd.lab.image import Archive, Image, image
 from migd.lab.workbench import Booted, LabError, Recipe, boot
+from tests.support import absence
 
 pytestmark = pytest.mark.timeout(600)  # the first one downloads packages
 
@@ -92,7 +93,7 @@ def guest_image() -> Image:
     try:
         return image({"migd/extra": b"an extra file"})
     except LabUnavailable as error:
-        pytest.skip(str(error))
+        absence.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def found_emulators() -> list[Emulator]:
     try:
         return emulators()
     except LabUnavailable as error:
-        pytest.skip(str(error))
+        absence.skip(str(error))
 
 
 def _live(guest: Booted, hog_bytes: int) -> None:

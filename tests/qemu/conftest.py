@@ -13,6 +13,7 @@ from migd.errors import ResourceError
 from migd.lab.emulators import Emulator
 from migd.qemu import preload
 from migd.ram import linux
+from tests.support import absence
 from tests.support.qemu import Hatchery, available, hatchery
 
 
@@ -21,7 +22,7 @@ def emulator(request: pytest.FixtureRequest) -> Emulator:
     """Each QEMU there is: the installed one, and the newest that Debian has."""
     found = available()
     if not found:
-        pytest.skip("no QEMU is to be had here")
+        absence.skip("no QEMU is to be had here")
     if request.param == "newest" and len(found) == 1:
         pytest.skip("there is one QEMU only")
     return found[0 if request.param == "oldest" else -1]
@@ -31,7 +32,7 @@ def emulator(request: pytest.FixtureRequest) -> Emulator:
 def newest() -> Emulator:
     """For what has nothing to do with a version."""
     if not (found := available()):
-        pytest.skip("no QEMU is to be had here")
+        absence.skip("no QEMU is to be had here")
     return found[-1]
 
 
@@ -61,5 +62,5 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         os.close(linux.userfaultfd())
         library = preload.library(tmp_path_factory.mktemp("preload"))
     except (OSError, ResourceError) as error:
-        pytest.skip(f"no kernel, or no compiler, for it: {error}")
+        absence.skip(f"no kernel, or no compiler, for it: {error}")
     return preload.environment({}, (), preload=library)

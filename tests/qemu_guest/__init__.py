@@ -1,0 +1,1 @@
+"""Real Linux guests under stock QEMU, moved for real (docs/qemu.md)."""
