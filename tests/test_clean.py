@@ -208,6 +208,16 @@ def test_the_name_of_a_guest_by_its_arguments(arguments: tuple[str, ...], name: 
     assert _name(arguments, "python3") == name
 
 
+def test_a_qemu_of_ours_is_known_by_its_monitor_as_its_guest_and_no_other(place: Path) -> None:
+    monitor = f"unix:{place}/qemu-vm-7/qmp,server=on,wait=off"
+    with living("qemu-system-x86_64", "-qmp", monitor, memfd="migd-ram") as pid:
+        (found,) = [guest for guest in guest_processes() if guest.pid == pid]
+        assert found.name == "vm-7"
+        assert found.may_be("vm-7", place)
+        assert not found.may_be("nobody-1", place)
+        assert not found.may_be("vm-7", HERE)
+
+
 def test_another_guest_that_lives_keeps_no_record(place: Path) -> None:
     path = journal(place, "source", Mark.GO, Mark.RELEASED)
     with living("migd", "guest", "--name", "nobody-2", memfd="migd-ram"):

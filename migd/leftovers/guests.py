@@ -40,6 +40,9 @@ class GuestProcess:
         return not self.name or guest == self.name or cut
 
 
+_OWN_QEMU = re.compile(r"unix:(?P<home>/.+)/qemu-(?P<name>[^/]+)/qmp,")
+"""The monitor of a QEMU that a companion has started (migd/qemu/launch.py)."""
+
 _SOCKET = "guest.sock"
 _SHOWN = _COMM_BYTES - len(_NAME_PREFIX)
 """Of a guest's name in the name of its process; longer ones are cut."""
@@ -86,6 +89,8 @@ def _name(arguments: tuple[str, ...], comm: str) -> str:
             return following
         if word.startswith("--name="):
             return word.removeprefix("--name=")
+        if found := _OWN_QEMU.match(word):
+            return found["name"]
     return ""
 
 
@@ -93,6 +98,8 @@ def _home(process: Path, arguments: tuple[str, ...]) -> tuple[int, int] | None:
     """As the process sees the path: it may be relative, or in another name space of mounts."""
     for word in arguments:
         path = Path(word.removeprefix("--socket="))
+        if found := _OWN_QEMU.match(word):
+            path = Path(found["home"]) / _SOCKET
         if path.name == _SOCKET:
             with suppress(OSError):  # it is gone, or another user's
                 seen = Path(os.readlink(process / "cwd")) / path
