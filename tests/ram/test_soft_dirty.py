@@ -269,7 +269,9 @@ def test_what_the_docstring_says_is_lost_is_lost(found: dict[str, Any]) -> None:
     """Not wanted, but why the process must hold still, and why there are obstacles."""
     assert found["written_between_look_and_clear"] == []
     assert found["dropped_and_read"] == [9]
-    assert found["swapped_out"] == list(range(100, 200))
+    # Nearly all: the kernel may read a page in again of its own accord, and then it is lost as well.
+    assert set(found["swapped_out"]) <= set(range(100, 200))
+    assert len(found["swapped_out"]) > 90
     assert set(found["swapped_out_and_read"]) < set(range(100, 200))
 
 
