@@ -6,7 +6,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.qemu_guest.outcomes import Outcomes
 from tests.qemu_guest.scribble import live_through, tracked
 from tests.qemu_guest.travel import booted, travel
 from tests.support import program
-from tests.support.vm import Journey, route
+from tests.support.vm import Journey, Route, route
 from tests.support.vm_site import WAIT_S, Lab
 
 _NO_MARKS = "this kernel has no soft-dirty marks"
@@ -82,22 +81,31 @@ def _fits(cell: Cell, only: Sequence[str]) -> bool:
 
 def _travel(lab: Lab, kind: Boot, cells: list[Cell], outcomes: Outcomes) -> None:
     """All cells of one boot; after one that failed with a new guest."""
-    with ExitStack() as stack:
-        journey: Journey | None = None
-        for cell in cells:
-            if cell.move.log is Log.SOFT_DIRTY:
-                outcomes.skipped(cell, _LEFT_OUT if supported() else _NO_MARKS)
-                continue
-            began_s = time.monotonic()
-            try:
-                journey = journey or booted(lab, kind, stack.enter_context(route()))
-                travelled = travel(journey, cell)
-            except (AssertionError, MigdError) as error:
-                outcomes.failed(cell, _beginning(error))
-                stack.pop_all().close()
-                journey = None
-            else:
-                outcomes.arrived(cell, travelled, time.monotonic() - began_s)
+    left = list(cells)
+    while left:
+        try:
+            with route() as road:
+                _go_on(lab, kind, road, left, outcomes)
+        except (AssertionError, MigdError) as error:
+            outcomes.ended(kind, _beginning(error))
+
+
+def _go_on(lab: Lab, kind: Boot, road: Route, left: list[Cell], outcomes: Outcomes) -> None:
+    """With one guest, as far as it gets: what it has done, or failed in, is taken off the list."""
+    journey: Journey | None = None
+    while left:
+        cell = left.pop(0)
+        if cell.move.log is Log.SOFT_DIRTY:
+            outcomes.skipped(cell, _LEFT_OUT if supported() else _NO_MARKS)
+            continue
+        began_s = time.monotonic()
+        try:
+            journey = journey or booted(lab, kind, road)
+            travelled = travel(journey, cell)
+        except (AssertionError, MigdError) as error:
+            outcomes.failed(cell, _beginning(error))
+            return
+        outcomes.arrived(cell, travelled, time.monotonic() - began_s)
 
 
 def _scribble(lab: Lab, emulator: Emulator, rounds: int, init_on_free: bool, outcomes: Outcomes) -> None:

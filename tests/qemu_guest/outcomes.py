@@ -80,6 +80,11 @@ class Outcomes:
         self.faults.append(f"{cell}: {why}")
         self._tell(cell, f"FAILED: {why}")
 
+    def ended(self, boot: Boot, why: str) -> None:
+        """The guests were right, and something else was not: a daemon met a bug of its own."""
+        self.faults.append(f"{boot}, at the end: {why}")
+        click.echo(f"{boot}, at the end: FAILED: {why}", err=True)
+
     def lived(self, label: str, rounds: list[Round]) -> None:
         self.scribbles.append((label, rounds))
         click.echo(f"scribbled over {label}: {len(rounds)} rounds, and it lives", err=True)
