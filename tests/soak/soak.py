@@ -18,6 +18,9 @@ from tests.soak.oracle import Comparison
 from tests.soak.plan import RUNS_A_LIFE, Plant, Run, Trouble, life_of, planted, run_of
 from tests.soak.voyage import Attempt, Voyage
 
+_INTERRUPT_S = 1.0
+"""Ctrl-C at a terminal reaches the daemons at the same moment as us."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -118,7 +121,9 @@ class Soak:
             if last:
                 halted = voyage.halt()
         except (AssertionError, MigdError) as error:
-            if self._stop.is_set():  # whoever ends the soak ends its daemons
+            if self._stop.wait(
+                _INTERRUPT_S
+            ):  # whoever ends the soak ends its daemons, perhaps before it knows
                 return False
             problems.append(f"{type(error).__name__}: {str(error)[:300]}")
         comparisons = voyage.witness.take()
