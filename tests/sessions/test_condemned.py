@@ -174,7 +174,7 @@ async def test_a_destination_that_cannot_write_it_down_does_not_say_that_it_has(
 async def test_a_destination_that_cannot_be_reached_is_told_by_resolve(play: Play) -> None:
     """The source knows, keeps its guest, and says so; the other one runs on until it is told."""
     play.sides.at_source.at[S.VERIFYING] = play.lose_destination
-    play.sides.limits = Limits(go_s=0.3, begin_s=2.0, check_s=2.0, verdict_s=0.5, connect_s=0.2)
+    play.sides.limits = Limits(go_s=2.0, begin_s=2.0, check_s=2.0, verdict_s=0.5, connect_s=0.2)
     address = play.sides.address
     await play.condemn()
     assert play.sides.session is not None
@@ -198,7 +198,7 @@ async def test_a_destination_that_cannot_be_reached_is_told_by_resolve(play: Pla
 async def test_a_late_bad_verdict_counts_although_the_session_there_is_over(play: Play) -> None:
     """``verdict_s`` bounds how long a guest waits, not how long its source may condemn it."""
     play.sides.at_source.at[S.VERIFYING] = play.lose_destination
-    play.sides.limits = Limits(go_s=0.3, begin_s=2.0, check_s=2.0, verdict_s=0.1, connect_s=0.2)
+    play.sides.limits = Limits(go_s=2.0, begin_s=2.0, check_s=2.0, verdict_s=0.1, connect_s=0.2)
     await play.condemn()
     assert play.sides.arrival.state is D.COMPLETED
     with pytest.raises(VerificationError):
