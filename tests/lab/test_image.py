@@ -85,7 +85,7 @@ def test_paths_with_commas_and_placeholders_reach_the_command_line() -> None:
     assert "memory-backend-file,id=ram,size=64M,mem-path=/r,,am,share=on" in argv
     assert "socket,id=lab,path={lab},server=on,wait=off" in argv
     assert "unix:{qmp},server=on,wait=off" in argv
-    assert "console=ttyS0 panic=-1 a=b" in argv
+    assert "console=ttyS0 panic=-1 no_timer_check a=b" in argv
 
 
 @pytest.fixture(scope="module")
