@@ -162,6 +162,9 @@ class Conversation(Protocol):
         None waits as long as the peer gives signs of life.
         """
 
+    async def applied(self, up_to_bytes: int) -> None:
+        """Returns when the peer's PONG says that it has applied so much; it is asked until it does."""
+
     def close(self) -> None: ...
 
 

@@ -81,8 +81,6 @@ class Companion:
         self._declined = ""
         """Why, the last time: it is said once."""
         self._watching: Runner | None = None
-        self._saving: asyncio.Future[bytes] | None = None
-        """Of the paused guest's state, before it is asked for."""
         self._hint_socket: socket.socket | None = None
         """Before there is a QEMU to relay for."""
         self._own: StartedQemu | None = None
@@ -126,8 +124,8 @@ class Companion:
             self._hint_socket.close()
         if self._link is not None:
             self._link.close()
-        await self._saved()
         if self._machine is not None:
+            await self._machine.saved()
             with suppress(MigdError):
                 await self._machine.disarm()
             if self._own is not None and not self._spared:
@@ -270,13 +268,9 @@ class Companion:
             case control.Pause(migration=migration):
                 await machine.pause(migration)
                 link.send(control.Paused(id=message.id))
-                if machine.armed:  # it will be asked for: a millisecond less of the pause
-                    self._saving = asyncio.ensure_future(machine.save())
             case control.Save():
-                saving, self._saving = self._saving, None
-                _answer(link, control.Saved(id=message.id), await (saving or machine.save()))
+                _answer(link, control.Saved(id=message.id), await machine.save())
             case control.Resume():
-                await self._saved()
                 running = await machine.resume()
                 link.send(_with_id(running, message.id))
             case control.Load():
@@ -286,13 +280,6 @@ class Companion:
                 running = await machine.start()
                 link.send(_with_id(running, message.id))
                 await machine.started()
-
-    async def _saved(self) -> None:
-        """A saving that was begun is over, and nobody wants what came of it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            await asyncio.wait({saving})
-            saving.exception()
 
     async def _arm(self, link: DaemonLink, message: control.Arm, machine: QemuMachine) -> None:
         armed = await machine.arm({link.daemon_pid})

@@ -24,7 +24,7 @@ from migd.qemu import device_state, inventory
 from migd.qemu.device_state import Heading
 from migd.qemu.inventory import Inventory
 from migd.qemu.memo import Memo, MemoStore
-from migd.qemu.monitor import Monitor
+from migd.qemu.monitor import Event, Monitor
 from migd.qemu.process import QemuProcess, holder_of
 from migd.qemu.ram_files import open_ram
 from migd.qemu.ram_map import RamMap
@@ -35,7 +35,6 @@ from migd.ram.backing import PAGE_BYTES
 from migd.ram.soft_dirty import SoftDirty
 
 _EVENT_S = 0.05
-"""An event is sent before the answer to the command that caused it, but taken in beside it."""
 _QUIT_S = 3.0
 
 
@@ -80,15 +79,13 @@ class QemuMachine:
         self._tracking = Tracking(process, self.fds)
         self._marks: SoftDirty | None = None
         self._stream: StateStream | None = None
-        self._saved = b""
+        self._saving: asyncio.Future[bytes] | None = None
         """While the guest is paused: QEMU saves the state of a stopped guest once."""
         self._stopped_at_ns = 0
         self._resumed_at_ns = 0
         self._loaded = False
         self.armed = False
         """Writes are being found: this guest is about to leave."""
-        self._moments: dict[str, int] = {}
-        monitor.on_event = self._on_event
 
     @classmethod
     async def adopt(
@@ -239,15 +236,18 @@ class QemuMachine:
             self._stream = await StateStream.open(self.monitor)
             # Whether QEMU's answer comes or not: from here on only a RESUME has the guest run for sure.
             self.state, self.migration = GuestState.PAUSED, migration
-            await self._stop()
+            stopping = asyncio.ensure_future(self._stop())
+            if self.armed:  # it will be asked for, and QEMU obeys in order: 2 ms less of the pause
+                self._saving = asyncio.ensure_future(self._save(stopping))
+            await stopping
         elif migration != self.migration:
             await self._memos.write(Memo(GuestState.PAUSED, migration, self._settings))
             self.migration = migration
 
     async def _stop(self) -> None:
-        self._moments.pop("STOP", None)
-        await self.monitor.ask("stop")
-        self._stopped_at_ns = await self._moment("STOP")
+        with self.monitor.expecting("STOP") as stopped:
+            await self.monitor.ask("stop")
+            self._stopped_at_ns = await _moment(stopped)
 
     def _drop_stream(self) -> None:
         if self._stream is not None:
@@ -266,8 +266,11 @@ class QemuMachine:
         """The device state of the paused guest. GuestError if QEMU put RAM into it, too."""
         if self.state is not GuestState.PAUSED:
             raise GuestError(f"a {self.state} guest is not saved")
-        if self._saved:
-            return self._saved
+        if self._saving is None:
+            self._saving = asyncio.ensure_future(self._save())
+        return await asyncio.shield(self._saving)
+
+    async def _save(self, stopping: asyncio.Future[None] | None = None) -> bytes:
         if self._stream is None:  # it was paused by another than us
             self._stream = await StateStream.open(self.monitor)
         stream, self._stream = self._stream, None
@@ -275,14 +278,21 @@ class QemuMachine:
             state, ram_bytes = await stream.save()
         finally:
             stream.close()
+        if stopping is not None:
+            await stopping
         if ram_bytes >= min(block.pages for block in self.blocks) * PAGE_BYTES:
             raise GuestError(f"QEMU counts {ram_bytes} bytes of RAM into its state: RAM was not left out")
         await self._refuse_balloon()
         heading = Heading(
             qemu=self._found.name, machine=self._found.machine, stopped_at_ns=self._stopped_at_ns
         )
-        self._saved = device_state.encode(heading, state)
-        return self._saved
+        return device_state.encode(heading, state)
+
+    async def saved(self) -> None:
+        """A saving that was begun is over; what came of it can still be had."""
+        if self._saving is not None:
+            await asyncio.wait({self._saving})
+            self._saving.exception()
 
     async def _refuse_balloon(self) -> None:
         """Memory that a balloon gives back is a hole, which no log sees (R20). GuestError if it has moved."""
@@ -297,6 +307,7 @@ class QemuMachine:
         if self.state is GuestState.INCOMING:
             raise GuestError("the guest has not started here: START it")
         if self.state is GuestState.PAUSED:
+            await self.saved()
             self._drop_stream()
             await cancelled(self.monitor)
             await self._continue()
@@ -304,11 +315,11 @@ class QemuMachine:
         return self.last_pause
 
     async def _continue(self) -> None:
-        self._moments.pop("RESUME", None)
-        await self.monitor.ask("cont")
-        self._resumed_at_ns = await self._moment("RESUME")
+        with self.monitor.expecting("RESUME") as resumed:
+            await self.monitor.ask("cont")
+            self._resumed_at_ns = await _moment(resumed)
         self.state, self.migration = GuestState.RUNNING, ""
-        self._saved = b""
+        self._saving = None
 
     @property
     def last_pause(self) -> Running:
@@ -381,17 +392,11 @@ class QemuMachine:
         except (MigdError, TimeoutError):
             return
 
-    # -- events -------------------------------------------------------------------------------------
 
-    def _on_event(self, name: str, _data: dict[str, object], at_ns: int) -> None:
-        self._moments[name] = at_ns
-
-    async def _moment(self, event: str) -> int:
-        """When it happened, by QEMU; now, if QEMU did not say."""
-        until = time.monotonic() + _EVENT_S
-        while event not in self._moments and time.monotonic() < until:  # noqa: ASYNC110  # it is queued
-            await asyncio.sleep(0)
-        return self._moments.get(event, time.time_ns())
+async def _moment(event: asyncio.Future[Event]) -> int:
+    """When it happened, by QEMU; now, if QEMU did not say."""
+    await asyncio.wait({event}, timeout=_EVENT_S)
+    return event.result().at_ns if event.done() else time.time_ns()
 
 
 def _pid_of(monitor: Monitor, fd: int) -> int:

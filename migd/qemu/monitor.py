@@ -6,8 +6,9 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,19 @@ class CommandRefused(GuestError):
     """QEMU understood a command and declined it; the message has its reason."""
 
 
+@dataclass(frozen=True)
+class Event:
+    """What QEMU said unasked."""
+
+    name: str
+    status: str
+    """Of the data that came with it; most have none."""
+    at_ns: int
+    """By QEMU's clock (realtime)."""
+
+
 class Monitor:
-    """Owns the connection until ``close``. ``on_event`` is called with (name, data, realtime in ns)."""
+    """Owns the connection until ``close``."""
 
     def __init__(self, client: QMPClient, path: Path, sock: socket.socket, listener_pid: int) -> None:
         """``sock`` is another descriptor of the client's own, for what the loop's transports cannot send."""
@@ -39,9 +51,9 @@ class Monitor:
         self._sock = sock
         self.listener_pid = listener_pid
         """Who made the socket: the QEMU, or what started it with a socket of its own (libvirt)."""
-        self.on_event: Callable[[str, dict[str, Any], int], None] = lambda _name, _data, _at_ns: None
         self._client = client
-        self._events = asyncio.ensure_future(self._dispatch())
+        self._expected: dict[asyncio.Future[Event], tuple[str, tuple[str, ...]]] = {}
+        self._dispatching = asyncio.ensure_future(self._dispatch())
 
     @classmethod
     async def connect(cls, path: Path, timeout_s: float, *, retry: bool = False) -> Monitor:
@@ -88,6 +100,20 @@ class Monitor:
             raise GuestError(f"QEMU takes no descriptor: {error}") from error
         await self.ask("getfd", {"fdname": name})
 
+    @contextmanager
+    def expecting(self, name: str, *statuses: str) -> Iterator[asyncio.Future[Event]]:
+        """The next event of this name, with one of these statuses if any are given; never, if none comes.
+
+        It is sent before the answer to the command that caused it, but taken in beside it.
+        """
+        event: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        self._expected[event] = (name, statuses)
+        try:
+            yield event
+        finally:
+            del self._expected[event]
+            event.cancel()
+
     async def ended(self) -> None:
         """Returns when QEMU has closed the connection."""
         while self._client.runstate is Runstate.RUNNING:
@@ -95,7 +121,7 @@ class Monitor:
 
     async def close(self) -> None:
         """Give the connection up; QEMU goes on."""
-        self._events.cancel()
+        self._dispatching.cancel()
         self._sock.close()
         with suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(COMMAND_S):
@@ -103,9 +129,15 @@ class Monitor:
 
     async def _dispatch(self) -> None:
         while True:
-            event: Message = await self._client.events.get()
-            at = event["timestamp"]
-            assert isinstance(at, dict)
-            data = event.get("data", {})
-            assert isinstance(data, dict)
-            self.on_event(str(event["event"]), data, at["seconds"] * 10**9 + at["microseconds"] * 1000)
+            event = _event(await self._client.events.get())
+            for expected, (name, statuses) in self._expected.items():
+                if name == event.name and (not statuses or event.status in statuses) and not expected.done():
+                    expected.set_result(event)
+
+
+def _event(message: Message) -> Event:
+    at, data = message["timestamp"], message.get("data", {})
+    assert isinstance(at, dict)
+    assert isinstance(data, dict)
+    at_ns = at["seconds"] * 10**9 + at["microseconds"] * 1000
+    return Event(str(message["event"]), str(data.get("status", "")), at_ns)

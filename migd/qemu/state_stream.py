@@ -7,12 +7,17 @@ import socket
 from typing import Any
 
 from migd.errors import GuestError
-from migd.qemu.monitor import COMMAND_S, Monitor
+from migd.qemu.monitor import COMMAND_S, Event, Monitor
 
 LOAD_S = 5.0
 
 _POLL_S = 0.0005
+_LOOK_S = 0.05
+"""Without an event of its end. Asking more often would hold it up: QEMU answers between two devices."""
+_ENDS = ("completed", "failed", "cancelled")
 _NAME = "migd-state"
+_BUFFER_BYTES = 1 << 20
+"""Of the socket, or what its user may have: each side need not wait for the other to take a part."""
 _READ_BYTES = 1 << 20
 _MAX_BYTES = 1 << 30
 
@@ -28,6 +33,8 @@ class StateStream:
     async def open(cls, monitor: Monitor) -> StateStream:
         """Before the guest is paused, since it takes half a millisecond."""
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         try:
             with theirs:
                 await monitor.lend(_NAME, theirs.fileno())
@@ -41,8 +48,9 @@ class StateStream:
         """The state of the stopped guest, and how many bytes of RAM QEMU has counted into it: 4 to 5 ms."""
         drained = asyncio.ensure_future(self._drained())
         try:
-            await self._monitor.ask("migrate", {"uri": f"fd:{_NAME}"})
-            info, run_state = await completed(self._monitor, COMMAND_S)
+            with self._monitor.expecting("MIGRATION", *_ENDS) as over:
+                await self._monitor.ask("migrate", {"uri": f"fd:{_NAME}"})
+                info, run_state = await _completed(self._monitor, over, COMMAND_S)
             if run_state == "running":
                 raise GuestError("somebody else has the guest run on in QEMU, which migd has stopped")
             return await drained, int(info.get("ram", {}).get("total", 0))
@@ -57,10 +65,11 @@ class StateStream:
     async def load(self, state: memoryview) -> str:
         """QEMU's run state once it has taken it in. GuestError if it does not, or ends over it."""
         try:
-            async with asyncio.timeout(LOAD_S):
-                await asyncio.get_running_loop().sock_sendall(self._sock, state)
-                self._sock.shutdown(socket.SHUT_WR)
-            _, run_state = await completed(self._monitor, LOAD_S)
+            with self._monitor.expecting("MIGRATION", *_ENDS) as over:
+                async with asyncio.timeout(LOAD_S):
+                    await asyncio.get_running_loop().sock_sendall(self._sock, state)
+                    self._sock.shutdown(socket.SHUT_WR)
+                _, run_state = await _completed(self._monitor, over, LOAD_S)
             return run_state
         except (TimeoutError, OSError, GuestError) as error:
             raise GuestError(
@@ -85,7 +94,9 @@ class StateStream:
         return state
 
 
-async def completed(monitor: Monitor, timeout_s: float) -> tuple[dict[str, Any], str]:
+async def _completed(
+    monitor: Monitor, over: asyncio.Future[Event], timeout_s: float
+) -> tuple[dict[str, Any], str]:
     """What QEMU says of its migration, of the device state, once that is over, and its run state then.
 
     GuestError if it failed.
@@ -93,6 +104,7 @@ async def completed(monitor: Monitor, timeout_s: float) -> tuple[dict[str, Any],
     try:
         async with asyncio.timeout(timeout_s):
             while True:
+                await asyncio.wait({over}, timeout=_LOOK_S)
                 info, status = await asyncio.gather(monitor.ask("query-migrate"), monitor.ask("query-status"))
                 if info.get("status") == "completed":
                     return info, status["status"]

@@ -96,6 +96,10 @@ class DestinationPeer:
         """The next message, which must be a ``kind``; a lost peer is noticed at once."""
         return await guarded(self.control.expect(kind, timeout_s), self._watch_control())
 
+    async def drained(self) -> None:
+        """Returns when all that was sent is in the destination's RAM, and in no buffer on the way."""
+        await guarded(self.control.applied(self._sent_bytes()), self._watch_control())
+
     async def send_state(self, state: bytes) -> messages.Finish:
         """All of the device state, in chunks; returns the FINISH that will announce it."""
         view = memoryview(state)

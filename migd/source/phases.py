@@ -49,6 +49,8 @@ class Phases:
         self.tracking = Tracking(attempt)
         self.device_state = b""
         self._saved: bytes | None = None
+        self._finish: messages.Finish | None = None
+        """What will announce the device state that was sent."""
         self.paused = False
         """The guest was asked to pause, whether it has answered or not."""
         self._strict = False
@@ -222,8 +224,7 @@ class Phases:
         """The rest of RAM, device state, one more harvest (R13), END and FINISH."""
         await self._attempt.enter(SourceState.SWITCHOVER)
         await together(self._save(), self._send_rest())
-        finish = await self._peer.send_state(self.device_state)
-        await self._send_late()
+        await together(self._send_state(), self._send_late())
         await self._verify_compared()
         self._result.downtime.send_s = self._attempt.clock.now() - self._paused_s
         self._decide_verification()
@@ -231,7 +232,11 @@ class Phases:
             # The destination waits for GO no longer than go_s after READY: it must not be ready before us.
             await self._verify_strictly()
         await self.precopy.end()
-        await self._peer.control.send(finish)
+        assert self._finish is not None
+        await self._peer.control.send(self._finish)
+
+    async def _send_state(self) -> None:
+        self._finish = await self._peer.send_state(self.device_state)
 
     async def _save(self) -> None:
         """The device state, unless the pause brought it: asked for while the rest of RAM is sent.
@@ -313,9 +318,13 @@ class Phases:
     # -- one iteration -------------------------------------------------------------------------------
 
     async def _pass(self, *, live: bool) -> None:
-        """One iteration and the harvest behind its barrier."""
+        """One iteration and the harvest behind its barrier.
+
+        In between the destination catches up: what it has not placed by the pause it places in the pause.
+        """
         iteration = await self.precopy.iterate(live=live)
         self._hinting.check()
+        await self._peer.drained()
         iteration.dirty_pages = await self.tracking.harvest()
         self._ledger.check()
         self._attempt.iterated(iteration)

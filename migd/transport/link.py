@@ -26,6 +26,9 @@ _INBOX_MESSAGES = 8
 """Beyond this many unread messages the link is not read any further: the peer feels TCP's back-pressure."""
 
 
+_APPLIED_S = 0.002
+"""Between two questions how much the peer has applied."""
+
 _LEAST_DEBT_BYTES = 64 << 10
 """More than any frame that is sent where a limit allows hardly anything: one page, or a few runs."""
 
@@ -156,6 +159,8 @@ class Dialogue:
         self._limits = limits
         self._heard = clock.now()
         self._inbox: asyncio.Queue[Frame | Message] = asyncio.Queue(_INBOX_MESSAGES)
+        self._pings = 0
+        self._pong = asyncio.Event()
         self.peer_applied_bytes = 0
         self.applied_bytes = 0
 
@@ -182,20 +187,31 @@ class Dialogue:
                     await self._link.send(pong)
                 case messages.Pong(applied_bytes=applied):
                     self.peer_applied_bytes = applied
+                    self._pong.set()
                 case messages.Abort(reason=reason):
                     raise PeerAborted(f"the peer aborted: {reason}")
                 case _:
                     await self._inbox.put(message)
 
     async def _ping(self) -> None:
-        nonce = 0
         while True:
             await self._clock.sleep(self._limits.ping_s)
             silence = self._clock.now() - self._heard
             if silence > self._limits.dead_s:
                 raise PeerLost(f"no sign of life from the peer for {silence:.0f} s")
-            await self._link.send(messages.Ping(migration=self._migration, nonce=nonce))
-            nonce += 1
+            await self._send_ping()
+
+    async def _send_ping(self) -> None:
+        nonce, self._pings = self._pings, self._pings + 1
+        await self._link.send(messages.Ping(migration=self._migration, nonce=nonce))
+
+    async def applied(self, up_to_bytes: int) -> None:
+        while self.peer_applied_bytes < up_to_bytes:
+            self._pong.clear()
+            await self._send_ping()
+            await self._pong.wait()
+            if self.peer_applied_bytes < up_to_bytes:
+                await self._clock.sleep(_APPLIED_S)
 
     async def send(self, message: Message) -> None:
         await self._link.send(message)

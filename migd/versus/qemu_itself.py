@@ -32,17 +32,19 @@ def move(venue: Venue, contender: Contender) -> Measured:
 async def _move(venue: Venue, contender: Contender) -> Measured:
     source = await _attach(venue.source.qmp, contender)
     destination = await _attach(venue.destination.qmp, contender)
-    stopped, resumed = _watch(source, "STOP"), _watch(destination, "RESUME")
     try:
         uri = f"tcp:127.0.0.1:{_free_port()}"
         await destination.ask("migrate-incoming", {"uri": uri})
         began, began_ns = time.perf_counter(), time.time_ns()
-        await source.ask("migrate", {"uri": uri})
-        info = await _completed(source)
-        async with asyncio.timeout(_EVENT_S):
-            await _paused(destination)
-            await destination.ask("cont")  # -S: QEMU waits for it; with a guest that ran it does so by itself
-            stopped_ns, resumed_ns = await stopped, await resumed
+        with source.expecting("STOP") as stopped, destination.expecting("RESUME") as resumed:
+            await source.ask("migrate", {"uri": uri})
+            info = await _completed(source)
+            async with asyncio.timeout(_EVENT_S):
+                await _paused(destination)
+                await destination.ask(
+                    "cont"
+                )  # -S: QEMU waits for it; a guest that ran it has go on by itself
+                stopped_ns, resumed_ns = (await stopped).at_ns, (await resumed).at_ns
         total_s = time.perf_counter() - began
     finally:
         for monitor in (source, destination):
@@ -67,18 +69,6 @@ async def _attach(path: Path, contender: Contender) -> Monitor:
     if multifd:
         await monitor.ask("migrate-set-parameters", {"multifd-channels": _CHANNELS})
     return monitor
-
-
-def _watch(monitor: Monitor, wanted: str) -> asyncio.Future[int]:
-    """When an event of this name comes, by QEMU's clock (realtime, ns)."""
-    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def look(name: str, _data: dict[str, Any], at_ns: int) -> None:
-        if name == wanted and not found.done():
-            found.set_result(at_ns)
-
-    monitor.on_event = look
-    return found
 
 
 async def _completed(monitor: Monitor) -> dict[str, Any]:

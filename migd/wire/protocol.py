@@ -47,6 +47,9 @@ bytes of device state. Of all others: one MessagePack map (``migd.wire.messages`
       ABORT                         either side, before GO; answered by closing
       PROBE                        alone    <-> ABOUT       what is there, now; then closed
 
+Behind the BARRIER of an iteration while the guest runs, the source asks with PING until a PONG counts all
+that it has sent: what the destination has still to place at the pause, the guest would wait for.
+
 A destination that is asked GO for a migration it does not know journals ABORTED, then answers ABORTED.
 
 Messages of one connection are acted upon in their order. So the answer to a GO behind VERDICT says that the

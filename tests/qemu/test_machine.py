@@ -566,13 +566,11 @@ async def test_a_guest_waits_for_its_start_also_where_qemu_would_not(qemus: Hatc
         await arriving.expect(MIGRATION)
         state, ram = await left(source, leaving)
         filled(destination, ram)
-        seen: list[str] = []
-        note = arriving.monitor.on_event
-        arriving.monitor.on_event = lambda name, data, at: (seen.append(name), note(name, data, at))[1]
-        await arriving.load(state)
-        await asyncio.sleep(0.1)
-        assert await run_state(arriving.monitor) == "paused"
-        assert "RESUME" not in seen
+        with arriving.monitor.expecting("RESUME") as resumed:
+            await arriving.load(state)
+            await asyncio.sleep(0.1)
+            assert await run_state(arriving.monitor) == "paused"
+            assert not resumed.done()
         assert ticks(destination.ram) == ticks(source.ram)
         await arriving.start()
         await_ticks(destination.ram, ticks(source.ram))

@@ -20,6 +20,7 @@ from migd.migration.journal import Journal, Mark
 from migd.migration.ports import HintSink, SelfCheck
 from migd.migration.state import DestinationState, SourceState
 from migd.ram.bitmap import PageBitmap
+from migd.ram.block import PAGE_BYTES
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Compression, SourceOptions, Verify
 from tests.support.scripted_guest import MIGRATION, PAGES, ArrivedGuest, Joined, ScriptedGuest, joined
@@ -111,6 +112,17 @@ async def test_a_guest_that_writes_all_the_time(
         assert (result.skipped_free_pages, result.hole_pages, result.rescued_pages) == (311, 0, 0)
         assert balance == [Balance(PAGES, 0, 0, 201, 0, 311, 0, 0)]
         assert result.verification == "strict: ok"
+
+
+async def test_the_destination_lags_behind_no_more_when_the_guest_is_paused(tmp_path: Path) -> None:
+    """What it had still to place then, the guest would wait for."""
+    guest = ScriptedGuest(owned=300)
+    guest.at_harvest = {1: lambda: guest.write(3, 4, 5)}
+    async with joined(guest, tmp_path) as sides:
+        applied: list[int] = []
+        sides.at_source.at[S.PAUSING] = lambda: applied.append(sides.arrival.placed_bytes)
+        await sides.migrate(SourceOptions(policy=RELENTLESS))
+        assert applied == [303 * PAGE_BYTES]
 
 
 async def test_without_hints_what_was_never_touched_stays_behind(tmp_path: Path) -> None:

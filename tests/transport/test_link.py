@@ -191,6 +191,19 @@ async def test_a_pong_says_what_the_peer_applied() -> None:
         assert dialogue.peer_applied_bytes == 3000
 
 
+async def test_a_peer_is_asked_until_it_has_applied_enough() -> None:
+    async with in_dialogue() as (dialogue, peer, _):
+        waiting = asyncio.ensure_future(dialogue.applied(3000))
+        for nonce in range(3):
+            assert await peer.heard() == messages.Ping(migration=ID, nonce=nonce)
+            assert not waiting.done()
+            await peer.say(messages.Pong(migration=ID, nonce=nonce, applied_bytes=1000 * (nonce + 1)))
+        await waiting
+        await dialogue.applied(3000)  # it is known
+        await dialogue.send(READY)
+        assert await peer.heard() == READY, "and not asked for again"
+
+
 async def test_silence_is_a_lost_peer() -> None:
     async with in_dialogue(QUICK) as (_, _, running):
         with pytest.raises(PeerLost, match="no sign of life from the peer for"):
