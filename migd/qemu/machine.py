@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from migd.errors import GuestError, MigdError, Refused
 from migd.guest.control import Block, GuestState, Log, Running
@@ -316,7 +317,13 @@ class QemuMachine:
 
     async def _continue(self) -> None:
         with self.monitor.expecting("RESUME") as resumed:
-            await self.monitor.ask("cont")
+            answer = asyncio.ensure_future(self.monitor.ask("cont"))
+            # It runs once QEMU says so, and an emulated processor may hold the answer up for 20 ms.
+            await asyncio.wait({resumed, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if resumed.done():
+                answer.add_done_callback(_heard)
+            else:
+                await answer
             self._resumed_at_ns = await _moment(resumed)
         self.state, self.migration = GuestState.RUNNING, ""
         self._saving = None
@@ -397,6 +404,12 @@ async def _moment(event: asyncio.Future[Event]) -> int:
     """When it happened, by QEMU; now, if QEMU did not say."""
     await asyncio.wait({event}, timeout=_EVENT_S)
     return event.result().at_ns if event.done() else time.time_ns()
+
+
+def _heard(answer: asyncio.Future[Any]) -> None:
+    """Whatever it is, it comes too late to matter."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _pid_of(monitor: Monitor, fd: int) -> int:
