@@ -41,9 +41,7 @@ async def _move(venue: Venue, contender: Contender) -> Measured:
             info = await _completed(source)
             async with asyncio.timeout(_EVENT_S):
                 await _paused(destination)
-                await destination.ask(
-                    "cont"
-                )  # -S: QEMU waits for it; a guest that ran it has go on by itself
+                await destination.ask("cont")  # as -S demands
                 stopped_ns, resumed_ns = (await stopped).at_ns, (await resumed).at_ns
         total_s = time.perf_counter() - began
     finally:
