@@ -17,8 +17,6 @@ class Hinting:
         self._asked_pages = 0
         self._applied_before = 0
         self._epoch = 0
-        self._waited_s = 0.0
-        """For the beginning of the last answer."""
         self._answered = False
 
     async def contract(self, *, sees_writes: bool = True, missing: str = "") -> FreeContract:
@@ -47,15 +45,8 @@ class Hinting:
         policy = self._attempt.policy
         if self._channel is None or self._ledger.contract is FreeContract.NONE:
             return False
-        return hints_pay(
-            applied,
-            self._asked_pages,
-            standing.left_bytes,
-            policy,
-            standing.rate_bytes_s,
-            self._channel.answer_bytes,
-            self._waited_s,
-        )
+        cost, rate = self._channel.answer_bytes, standing.rate_bytes_s
+        return hints_pay(applied, self._asked_pages, standing.left_bytes, policy, rate, cost)
 
     async def request(self) -> None:
         """A new epoch; the first read waits at most ``hint_first_s`` for the answer (G6)."""
@@ -67,9 +58,7 @@ class Hinting:
         self._answered |= channel.answered(self._epoch)
         self._epoch = self._ledger.issue()
         await channel.request(self._epoch, self._ledger.hint)
-        began = self._attempt.clock.now()
         await channel.ahead(self._epoch, self._attempt.limits.hint_first_s)
-        self._waited_s = self._attempt.clock.now() - began
         self.check()
 
     def check(self) -> None:
