@@ -29,7 +29,7 @@ _END_S = 3.0
 _KILL_S = 10.0
 """For a process to be gone after SIGKILL; it has to give its memory back."""
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STATE, _STARTED = 0, 19
+_STATE, _THREADS, _STARTED = 0, 17, 19
 """Fields of /proc/PID/stat behind the name, see proc(5)."""
 
 
@@ -42,9 +42,14 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended; one that only waits to be reaped has."""
+        """Whether it has not ended; one that only waits to be reaped has.
+
+        While threads are left of it, it cannot be reaped, although its first one may have ended.
+        """
         fields = _stat(self.pid)
-        return bool(fields) and fields[_STATE] not in "ZX" and fields[_STARTED:][:1] == self._started
+        if not fields or fields[_STARTED:][:1] != self._started:
+            return False
+        return fields[_STATE] not in "ZX" or int(fields[_THREADS]) > 1
 
     def signal(self, number: signal.Signals) -> None:
         """Nothing, if it has ended."""
@@ -111,6 +116,9 @@ class Family:
                 child.poll()
 
     def _members(self) -> Iterator[Process]:
+        for child in self._children:
+            if child.poll() is None:  # one that is about to end has no environment left to be known by
+                yield Process(child.pid)
         mark = f"{_MARK}={self._token}".encode()
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():

@@ -92,3 +92,36 @@ def test_what_ignores_the_polite_signal_is_killed(monkeypatch: pytest.MonkeyPatc
         child.stdout.readline()
         processes.end([processes.Process(child.pid)])
     assert child.returncode == -signal.SIGKILL
+
+
+LINGERING = """
+import ctypes, os, threading, time
+
+def linger():
+    print("lingering", flush=True)
+    time.sleep(60)
+    os._exit(0)
+
+threading.Thread(target=linger).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_child_that_is_half_gone_is_ended_and_reaped(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every daemon with threads is for a moment: its first thread and its environment are gone."""
+    (private / "sitecustomize.py").write_text(LINGERING)
+    monkeypatch.setenv("PYTHONPATH", str(private))
+    family = processes.Family()
+    log = private / "log"
+    child = family.start(log, "serve")
+    try:
+        eventually(lambda: "lingering" in log.read_text(), "its second thread")
+        stat, environ = (Path(f"/proc/{child.pid}/{name}") for name in ("stat", "environ"))
+        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", "the end of the first")
+        with pytest.raises(ProcessLookupError):
+            environ.read_bytes()
+        family.end()
+        assert child.returncode == -signal.SIGTERM
+    finally:
+        child.kill()
+        child.wait()
