@@ -49,7 +49,8 @@ def test_the_demo_shows_what_hints_spare_and_that_nothing_is_lost(private: Path)
     assert min(hinted.resent_pages, hinted.free_records, hinted.skipped_free_pages) > 0
     assert (found.without_hints.skipped_free_pages, found.without_hints.free_records) == (0, 0)
     assert hinted.rescued_pages == 0
-    assert found.ratios.wire_bytes > 5  # 5 % of RAM is live
+    # 5 % of RAM is live. How often that is sent again depends on the time that the guest has for writing.
+    assert hinted.iterations[0].to_send_pages * 5 < found.without_hints.iterations[0].to_send_pages
     assert left_behind(private) == []
 
 
