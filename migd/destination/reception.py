@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 
 from migd.destination.handover import HandOver
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _REMEMBERED = 64
 """Sessions that are over and still shown in `status`, and still answer GO from memory."""
+
+_HELLO_SHARE = 2
+"""Half of the time that a source waits for the answer to HELLO it may wait for a name to be free."""
 
 
 class Reception:
@@ -65,6 +69,7 @@ class Reception:
     async def _open(self, link: Link, frame: Frame) -> None:
         try:
             hello = handshake.read_hello(frame)
+            await self._let_go_of(hello.guest)
             if hello.migration in self.sessions or self._services.journal.last(hello.migration) is not None:
                 raise Refused(f"migration {hello.migration} was here before")
         except (Refused, ProtocolError) as error:
@@ -74,6 +79,21 @@ class Reception:
         self.sessions[hello.migration] = session
         await session.run()
         self._forget_oldest()
+
+    async def _let_go_of(self, guest: str) -> None:
+        """A migration right after one that was cancelled: this side may not have heard of that yet.
+
+        Whether the name is free when the wait is over, ``GuestHost.create`` will say.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._services.limits.hello_s / _HELLO_SHARE):
+                while earlier := next(self._undecided(guest), None):
+                    await earlier.over.wait()
+
+    def _undecided(self, guest: str) -> Iterator[DestinationSession]:
+        for session in self.sessions.values():
+            if session.hello.guest == guest and session.undecided and not session.over.is_set():
+                yield session
 
     def _forget_oldest(self) -> None:
         over = [id for id, session in self.sessions.items() if session.over.is_set()]

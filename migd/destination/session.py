@@ -57,6 +57,8 @@ _OUTCOMES = {
     DestinationState.FAILED: "failed",
 }
 
+_RUNS_HERE = frozenset({DestinationState.STARTING, DestinationState.RUNNING, DestinationState.COMPLETED})
+
 _SHUTDOWN = MigdError("the destination daemon is shutting down")
 
 
@@ -116,6 +118,11 @@ class DestinationSession:
     def ended(self) -> bool:
         """The guest runs here for good, or never will."""
         return self._progress.ended
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it may still be that the guest never runs here, or is certain by now."""
+        return self.state not in _RUNS_HERE
 
     @property
     def moving_s(self) -> float:

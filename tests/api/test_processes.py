@@ -107,7 +107,9 @@ ctypes.CDLL(None).pthread_exit(None)
 """
 
 
-def test_a_child_that_is_half_gone_is_ended_and_reaped(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_is_half_gone_is_ended_and_reaped(
+    private: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As every daemon with threads is for a moment: its first thread and its environment are gone."""
     (private / "sitecustomize.py").write_text(LINGERING)
     monkeypatch.setenv("PYTHONPATH", str(private))

@@ -73,6 +73,46 @@ def test_whoever_asks_in_the_last_moments_of_a_migration_hears_how_it_ended(pair
     assert last.result.outcome == "cancelled"
 
 
+def test_a_migration_right_after_a_cancelled_one_waits_for_the_destination_to_let_go(
+    pair: DaemonPair,
+) -> None:
+    guest = pair.guest()
+    pair.source.hold(SourceState.BULK)
+    pair.launch(guest.name)
+    pair.source.wait_held(SourceState.BULK)
+    eventually(lambda: pair.destination.guest(guest.name), "the incoming guest")
+    assert pair.destination.process is not None
+    pair.destination.process.send_signal(signal.SIGSTOP)
+    try:
+        assert pair.cancel(guest.name).exit_code == 0
+        pair.source.release(SourceState.BULK)
+        assert pair.ended(guest.name).state == SourceState.CANCELLED
+        again = pair.start_migration(guest.name)
+        eventually(lambda: pair.source.migrations(guest.name)[-1].state == SourceState.CONNECTING, "HELLO")
+    finally:
+        pair.destination.process.send_signal(signal.SIGCONT)
+    output = finish(again)
+    assert output.exit_code == 0, output
+    assert output.result.wrong_pages == 0
+    pair.discard(guest.name)
+
+
+def test_a_guest_whose_name_another_migration_brings_is_refused_in_good_time(pair: DaemonPair) -> None:
+    """That one may be about to end, so the destination waits a little; less than the source does."""
+    guest = pair.guest(workload="idle")
+    pair.source.hold(SourceState.BULK)
+    migration = pair.start_migration(guest.name)
+    pair.source.wait_held(SourceState.BULK)
+    with daemon_pair() as other:
+        other.guest(guest.name, workload="idle")
+        output = other.migrate(guest.name, "--to", pair.address)
+        assert output.exit_code == 3
+        assert f"the destination refused: a guest named '{guest.name}' is here already" in output.result.error
+    pair.source.release(SourceState.BULK)
+    assert finish(migration).exit_code == 0
+    pair.discard(guest.name)
+
+
 def test_ctrl_c_cancels_and_says_so(pair: DaemonPair) -> None:
     guest = pair.guest()
     pair.source.hold(SourceState.BULK)

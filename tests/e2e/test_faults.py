@@ -72,7 +72,7 @@ class Sweep:
 
     def __init__(self, pair: DaemonPair, faults: list[Fault]) -> None:
         self._pair = pair
-        self._before = remains.remains(pair)
+        self._before = remains.ready(pair)
         self.swept = {str(fault): Swept(Outcome(_allowed(fault))) for fault in faults}
         self._proxies = {str(fault): FaultProxy(pair.address, fault) for fault in faults}
 

@@ -166,22 +166,14 @@ def test_a_guest_that_is_asked_to_leave_twice_at_once(pair: DaemonPair) -> None:
 
 
 def test_a_storm_of_starts_and_cancels(pair: DaemonPair) -> None:
-    """Each is cancelled as soon as it has begun, wherever it then is.
-
-    One that begins while the destination is still letting go of the last may be refused instead.
-    """
+    """Each is cancelled as soon as it has begun, wherever it then is."""
     guest = pair.guest(ram="8Mi", workload="churn")
-    before = remains.remains(pair)
-    refused = 0
+    before = remains.ready(pair)
     for _ in range(STORM):
         migration = pair.launch(guest.name, max_bandwidth_bytes_s=100_000, hints=False, compression="none")
         reply = pair.source.client.ask_once(commands.Cancel(target=migration))
-        ended = pair.ended(guest.name)
-        if isinstance(reply, commands.Done) and ended.state == "cancelled":
-            continue
-        assert "is here already" in ended.error, (reply, ended)
-        refused += 1
-    assert refused < STORM // 4
+        assert isinstance(reply, commands.Done), reply
+        assert pair.ended(guest.name).state == "cancelled"
     assert_runs_here(pair, guest.name)
     eventually(lambda: remains.remains(pair) == before, "nothing to be left")
     assert_moves(pair, guest.name)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tests.support.pair import DaemonPair, DaemonProcess, processes_naming
+from tests.support.pair import DaemonPair, DaemonProcess, eventually, processes_naming
 
 _KINDS = ("memfd", "socket", "anon_inode")
 """Of guests and connections. Pipes and files come with the first migration, and stay."""
@@ -36,6 +36,17 @@ def held(daemon: DaemonProcess) -> dict[str, int]:
 def remains(pair: DaemonPair) -> Remains:
     """What either daemon of a pair holds, by its side."""
     return {"source": held(pair.source), "destination": held(pair.destination)}
+
+
+def ready(pair: DaemonPair) -> Remains:
+    """The same, once a process for the next incoming guest is there, wherever one can come."""
+    return eventually(lambda: _with_spares(pair), "the processes for the next incoming guests")
+
+
+def _with_spares(pair: DaemonPair) -> Remains | None:
+    found = remains(pair)
+    able = ["destination"] if pair.source.role == "source" else ["source", "destination"]
+    return found if all(found[side]["processes"] for side in able) else None
 
 
 def bugs(daemon: DaemonProcess) -> list[str]:

@@ -62,7 +62,7 @@ class Scene:
         self.network = network
         self.phases = phases
         self.migrations: dict[str, str] = {}
-        self.at_rest = eventually(lambda: _remains_ready(pair), "processes for incoming guests")
+        self.at_rest = remains.ready(pair)
         """What both daemons held before the first guest."""
 
     def guests_ready(self) -> None:
@@ -140,15 +140,6 @@ def running_in_time(pair: DaemonPair, names: list[str], due: list[str]) -> dict[
     while (still := [name for name in due if not found[name]]) and time.monotonic() < deadline:
         found |= running(pair, still)
     return found
-
-
-def _remains_ready(pair: DaemonPair) -> remains.Remains | None:
-    """Once a process for the next incoming guest is there, wherever one can come."""
-    found = remains.remains(pair)
-    ready = found["destination"]["processes"] and (
-        pair.source.role == "source" or found["source"]["processes"]
-    )
-    return found if ready else None
 
 
 def _hold_source(scene: Scene, phase: Phase, name: str) -> None:
