@@ -12,7 +12,7 @@ from rich.table import Table
 from migd.control.commands import MigrationStatus, Moving, Remembered, StatusReport
 from migd.control.documents import ListDocument
 from migd.migration.stats import Arrival, Iteration, Result
-from migd.ram.block import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 from migd.sizes import bandwidth_text
 
 _ID_DIGITS = 8

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from migd.errors import MigdError
-from migd.migration.ports import Passage
+
+if TYPE_CHECKING:
+    from migd.migration.ports import Passage  # with all that moves memory, which commands have no use for
 
 SHORTEST_PREFIX = 4
 """Hexadecimal digits: as few as people type, as many as one tells migrations of a day apart by."""

@@ -6,7 +6,7 @@ import msgspec
 
 from migd.errors import VerificationError, of_exit_code
 from migd.ledger.ledger import Balance, Tally
-from migd.ram.block import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 
 SCHEMA = 1
 """Of ``Result`` as JSON; grows when a field changes its meaning or goes."""

@@ -27,7 +27,7 @@ from migd.qemu.launch import Launch
 from migd.qemu.machine import Immovable, QemuMachine
 from migd.qemu.monitor import Monitor
 from migd.qemu.started import StartedQemu
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 from migd.tasks import Runner
 
 CONNECT_S = 5.0

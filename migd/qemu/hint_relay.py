@@ -16,7 +16,7 @@ from contextlib import suppress
 from migd.guest import hints
 from migd.guest.hints import Bitmap, Hello, HintDecoder, HintFrame, Ranges
 from migd.qemu.ram_map import RamMap
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 

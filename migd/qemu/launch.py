@@ -17,7 +17,7 @@ from pathlib import Path
 from migd.errors import ConfigError, GuestError
 from migd.guest.control import Block
 from migd.qemu import preload
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 
 PLACEHOLDERS = {
     "{name}": "the guest's name",

@@ -32,7 +32,7 @@ from migd.qemu.ram_map import RamMap
 from migd.qemu.settings import Settings
 from migd.qemu.state_stream import StateStream, cancelled
 from migd.qemu.tracking import Tracking
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 from migd.ram.soft_dirty import SoftDirty
 
 _EVENT_S = 0.05

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from migd.errors import GuestError
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 
 HINTABLE_FROM = 1 << 20
 """Below 1 MiB nothing is skipped: 0xA0000 to 0xFFFFF of the file are SMRAM and BIOS shadows, whatever the

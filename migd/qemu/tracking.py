@@ -14,7 +14,7 @@ from migd.errors import LiveUnsupported
 from migd.guest.control import Log
 from migd.qemu.inventory import Inventory
 from migd.qemu.process import QemuProcess, RamMapping
-from migd.ram.backing import PAGE_BYTES
+from migd.ram.page import PAGE_BYTES
 from migd.ram.soft_dirty import SoftDirty, supported
 
 _PRELOAD = 'start QEMU with LD_PRELOAD="$(migd preload)"'

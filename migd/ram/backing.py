@@ -25,8 +25,7 @@ from enum import StrEnum
 
 from migd.errors import GuestError, ResourceError
 from migd.ram import linux
-
-PAGE_BYTES = 4096
+from migd.ram.page import PAGE_BYTES
 
 HUGE_PAGE_BYTES = 2 << 20
 """Of the huge pages that RAM is made of here, whatever the default size of the host is."""

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from migd.errors import GuestError, ResourceError
 from migd.ram import linux
-from migd.ram.backing import PAGE_BYTES as PAGE_BYTES
 from migd.ram.backing import Backing, inspect, new_memfd, prepare
 from migd.ram.bitmap import PageIndices, Run, runs_of
+from migd.ram.page import PAGE_BYTES as PAGE_BYTES
 
 MAX_RAM_PAGES = (1 << 32) - 1
 """Of a guest, all blocks together: indices and lengths of runs are u32 on the wire. A page below 16 TiB."""
