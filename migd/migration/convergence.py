@@ -128,13 +128,18 @@ def hints_pay(
     policy: Policy,
     rate_bytes_s: float,
     answer_bytes: int = 0,
+    answer_s: float = 0.0,
 ) -> bool:
-    """Whether to ask for hints before the next iteration. ``answer_bytes``: what the guest writes to answer.
+    """Whether to ask for hints before the next iteration.
+
+    ``answer_bytes``: what the guest writes to answer; ``answer_s``: how long the last answer held memory up.
 
     Only while the last answer spared a fair share of the pages that were to send when it was asked for, and
     what is left is worth asking about: more than a tenth of the downtime limit at the present rate, and than
-    asking costs.
+    asking costs. Sparing that share once more must take less time than waiting for it.
     """
     if applied_pages < asked_pages * HINT_MIN_SHARE or left_bytes < HINT_WORTH * answer_bytes:
+        return False
+    if left_bytes * applied_pages < answer_s * rate_bytes_s * asked_pages:
         return False
     return left_bytes > policy.downtime_limit_s / 10 * rate_bytes_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from migd.migration.convergence import Standing, hints_pay
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Attempt
@@ -16,7 +18,12 @@ class Hinting:
         self._ledger = attempt.ledger
         self._asked_pages = 0
         self._applied_before = 0
+        self._holes_before = 0
         self._epoch = 0
+        self._asked_s: float | None = None
+        """When, of the last request that may be answered."""
+        self._waited_s = 0.0
+        """For the beginning of its answer."""
         self._answered = False
 
     async def contract(self, *, sees_writes: bool = True, missing: str = "") -> FreeContract:
@@ -42,23 +49,42 @@ class Hinting:
     def pay(self, standing: Standing) -> bool:
         """Whether asking again before the next iteration is worth it."""
         applied = self._ledger.tally.hints_applied - self._applied_before
+        found = max(0, self._ledger.hole.count() - self._holes_before)  # while the guest was asked
         policy = self._attempt.policy
         if self._channel is None or self._ledger.contract is FreeContract.NONE:
             return False
-        cost, rate = self._channel.answer_bytes, standing.rate_bytes_s
-        return hints_pay(applied, self._asked_pages, standing.left_bytes, policy, rate, cost)
+        return hints_pay(
+            applied,
+            self._asked_pages - found,
+            standing.left_bytes,
+            policy,
+            standing.rate_bytes_s,
+            self._channel.answer_bytes,
+            self._waited_s,
+        )
 
     async def request(self) -> None:
-        """A new epoch; the first read waits at most ``hint_first_s`` for the answer (G6)."""
+        """A new epoch. Before memory is read the answer should be ``ahead`` of that."""
         channel = self._channel
+        self._asked_s = None
         if channel is None or self._ledger.contract is FreeContract.NONE or channel.distrusted:
             return
         self._asked_pages = self._ledger.to_send.count()
         self._applied_before = self._ledger.tally.hints_applied
+        self._holes_before = self._ledger.hole.count()
         self._answered |= channel.answered(self._epoch)
         self._epoch = self._ledger.issue()
         await channel.request(self._epoch, self._ledger.hint)
-        await channel.ahead(self._epoch, self._attempt.limits.hint_first_s)
+        self._asked_s, self._waited_s = self._attempt.clock.now(), 0.0
+
+    async def ahead(self, patience_s: float = math.inf) -> None:
+        """Wait for it, not longer than ``patience_s`` nor than ``hint_first_s`` since the request (G6)."""
+        if self._channel is None or self._asked_s is None:
+            return
+        began = self._attempt.clock.now()
+        left_s = self._asked_s + self._attempt.limits.hint_first_s - began
+        await self._channel.ahead(self._epoch, min(patience_s, max(0.0, left_s)))
+        self._waited_s += self._attempt.clock.now() - began
         self.check()
 
     def check(self) -> None:

@@ -29,6 +29,9 @@ _STRICT_S_PER_BYTE = 0.35 / (1 << 30)
 _HOLES_WORTH = 4
 """Holes are looked for if at least one page in so many is to send."""
 
+_PROMPT_S = 0.005
+"""Whoever answers sooner may leave no page to look at for holes; an agent takes ten times that."""
+
 _FIXED = {Compression.LZ4: Codec.LZ4, Compression.NONE: Codec.NONE}
 
 
@@ -135,19 +138,21 @@ class Phases:
     async def _bulk(self) -> None:
         await self._attempt.enter(SourceState.BULK)
         await self._hinting.request()
-        await self._mark_holes()
+        await self._hinting.ahead(_PROMPT_S)
+        holes, _ = await together(self._find_holes(), self._hinting.ahead())
+        assert holes is not None
+        self._ledger.mark_holes(holes)
         await self._pass(live=True)
 
-    async def _mark_holes(self) -> None:
+    async def _find_holes(self) -> PageBitmap:
         """Among the pages that are to send by now, unless hints have spared most of RAM already.
 
         What a guest owns it has touched, and finding out costs 10 ms for each GiB that was.
         """
         to_send = self._ledger.to_send.copy()
         if to_send.count() * _HOLES_WORTH < self._ledger.pages:
-            return
-        touched = await self._attempt.worker.run(self._guest.ram.touched, to_send)
-        self._ledger.mark_holes(to_send - touched)
+            return PageBitmap(self._ledger.pages)
+        return to_send - await self._attempt.worker.run(self._guest.ram.touched, to_send)
 
     async def _iterate(self) -> None:
         """Until what is left fits the downtime limit, or a budget is used up."""
@@ -164,6 +169,7 @@ class Phases:
                 await self._attempt.enter(SourceState.ITERATING)
             if self._hinting.pay(self._standing()):
                 await self._hinting.request()
+                await self._hinting.ahead()
             await self._pass(live=True)
 
     def _obstacle(self) -> str:
@@ -208,7 +214,7 @@ class Phases:
             await self.tracking.harvest()
         self._settle(report.free)
         if not self.tracking.armed:
-            await self._mark_holes()
+            self._ledger.mark_holes(await self._find_holes())
 
     def _settle(self, free: PageBitmap | None) -> None:
         """R14; GuestError if the bitmap is missing that the compare log was promised (R19)."""

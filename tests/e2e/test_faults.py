@@ -128,6 +128,7 @@ class Sweep:
         stayed = [name for name, found in self.swept.items() if found.outcome.where is Where.SOURCE]
         for name in stayed:
             self._await_forgotten(name)
+            eventually(self._may_connect, "others to be through")
             self._pair.launch(name)
         for name, found in self.swept.items():
             if name in stayed:

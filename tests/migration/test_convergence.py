@@ -150,6 +150,22 @@ def test_a_guest_that_writes_in_order_to_answer_is_not_asked_about_a_few_pages(l
     assert hints_pay(1000, 1000, left, strict, 0.5 * GB)
 
 
+@pytest.mark.parametrize(
+    ("applied", "left", "pays"),
+    [
+        (1000, 50 * MB, True),  # all was free: waiting takes as long as sending
+        (1000, 49 * MB, False),
+        (500, 99 * MB, False),  # half of it was
+        (500, 100 * MB, True),
+    ],
+)
+def test_an_answer_that_took_longer_than_sending_would_is_not_asked_for(
+    applied: int, left: int, pays: bool
+) -> None:
+    assert hints_pay(applied, 1000, left, POLICY, 1.0 * GB, answer_s=0.05) is pays
+    assert hints_pay(applied, 1000, left, POLICY, 1.0 * GB)
+
+
 # -- the rate -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from migd.lab.workbench import MIB, LabError, Workload
 from migd.migration.state import SourceState
-from tests.qemu_guest.travel import BUSY_BYTES_S
+from tests.qemu_guest.travel import BUSY_BYTES_S, HOG_BYTES
 from tests.support.vm import Journey, route
 from tests.support.vm_site import Lab
 
@@ -21,13 +21,16 @@ _GRAB_BYTES = 64 * MIB
 _GRAB_PAGES = _GRAB_BYTES // 4096
 _ITERATES = {"downtime_limit_ms": 13.0, "max_iterations": 4}
 """A guest that always writes is not paused before it has been iterated for."""
+_BULK_BYTES_S = 60_000_000
+_SLOW_BYTES_S = 4_000_000
+"""So much is written meanwhile that asking again pays, and sending it takes longer than an answer."""
 _TRIES = 2
 _HOG_S = 2.0
 
 
 @pytest.fixture(scope="module", params=["init_on_free=0", "init_on_free=1"])
 def journey(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Journey]:
-    with route() as road:
+    with route(hint_first_s=0.05) as road:
         found = road.journey("vm1", lab.recipe(ram_bytes=320 * MIB, append=(request.param,))).boot()
         found.ask("rate", bytes_s=BUSY_BYTES_S)
         yield found
@@ -51,12 +54,16 @@ def test_pages_that_were_free_and_are_used_again_are_moved(journey: Journey) -> 
 
 
 def test_pages_that_were_sent_and_are_free_later_are_zero_at_the_destination(journey: Journey) -> None:
+    journey.litter(HOG_BYTES)  # or most of what is free was never touched here: hints would be of no use
     journey.ask("grab", bytes=_GRAB_BYTES)
-    leg = journey.begin(SourceState.ITERATING, SourceState.PAUSING, **_ITERATES)
+    options = _ITERATES | {"max_iterations": 2, "max_bandwidth_bytes_s": _BULK_BYTES_S}
+    leg = journey.begin(SourceState.ITERATING, SourceState.PAUSING, **options)
     with leg.held(SourceState.ITERATING):
         assert journey.ask("release") == {"wrong": False}
+        leg.limit(_SLOW_BYTES_S)
     with leg.held(SourceState.PAUSING):
         journey.ask("status")  # who goes first in the guest is the agent: its answer has come
+        leg.limit(0)
     result = leg.arrive()
     assert result.free_records > 0, result.iterations
     if journey.recipe.append == ("init_on_free=0",):  # else they are written when they are freed

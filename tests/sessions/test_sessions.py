@@ -569,9 +569,9 @@ async def test_a_guest_that_dies_after_started_was_journalled_leaves_the_outcome
 async def test_a_long_pause_is_no_stall(tmp_path: Path) -> None:
     """The progress limit counts only while bytes are due at the destination."""
     guest = ScriptedGuest()
-    limits = Limits(ping_s=0.05, progress_s=0.2)
+    limits = Limits(ping_s=0.05, progress_s=1.0)
     async with joined(guest, tmp_path, limits) as sides:
-        sides.at_source.at[S.PAUSING] = lambda: asyncio.sleep(1)
+        sides.at_source.at[S.PAUSING] = lambda: asyncio.sleep(2)
         result = await sides.migrate()
         assert_moved(sides)
         assert result.wrong_pages == 0

@@ -440,7 +440,7 @@ async def joined(
     guest: ScriptedGuest, directory: Path, limits: Limits | None = None
 ) -> AsyncIterator[Joined]:
     """Both sides, listening; everything is closed in the end."""
-    sides = Joined(guest, directory, limits or Limits(go_s=2.0, begin_s=2.0, check_s=5.0))
+    sides = Joined(guest, directory, limits or Limits(go_s=2.0, check_s=5.0))
     serving = asyncio.create_task(sides.listener.run())
     try:
         yield sides

@@ -229,6 +229,12 @@ class Leg:
         assert isinstance(reply, commands.Finished), reply
         return reply.result
 
+    def limit(self, bytes_s: int) -> None:
+        """Its bandwidth from now on; 0 is unlimited."""
+        request = commands.SetBandwidth(bytes_s=bytes_s, target=self.migration)
+        reply = self.source.daemon.client.ask_once(request)
+        assert isinstance(reply, commands.Done), reply
+
     def compare(self) -> Comparison:
         """Both images, once the guest is loaded and runs nowhere (G2). AssertionError for wrong pages."""
         self._wait_held(self.destination, DestinationState.READY)
