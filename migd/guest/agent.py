@@ -387,12 +387,17 @@ class Guest:
         self.ram = system_ram(_text("/proc/iomem"))
         if not self.ram:
             self.verdict = Verdict(NONE, "/proc/iomem tells no addresses: the agent has to run as root")
-        elif self.flags is None:
-            try:
+            return
+        try:
+            if self.flags is None:
                 self.flags = PageFlags()
                 self.verdict = judge_this_kernel()
-            except OSError as error:
-                self.verdict = Verdict(NONE, f"/proc/kpageflags: {_reason(error)}")
+            # Nothing shall be declared that cannot be read. And what an emulator has translated once it runs
+            # twice as fast: the answer that a host waits for shall not be the first.
+            next(answer(0, self.ram, self.flags))
+        except OSError as error:
+            self.flags = None
+            self.verdict = Verdict(NONE, f"/proc/kpageflags: {_reason(error)}")
 
     def answer(self, epoch: int) -> Iterator[bytes]:
         """The frames of an answer. Nothing is looked at before the first one is asked for."""

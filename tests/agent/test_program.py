@@ -530,6 +530,17 @@ sys.stdout.write(agent.info(place, agent.Guest()))"""
     assert re.search(r"^pages +0 of", done.stdout, re.MULTILINE)
 
 
+@needs_flags
+def test_flags_that_open_and_cannot_be_read_are_not_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = agent.PageFlags
+    monkeypatch.setattr(agent, "PageFlags", lambda: flags("/proc/self/mem"))  # page 0 is mapped nowhere
+    guest = agent.Guest()
+    assert guest.verdict == agent.Verdict(agent.NONE, "/proc/kpageflags: Input/output error")
+    monkeypatch.undo()
+    guest.look()
+    assert guest.verdict == agent.judge_this_kernel()
+
+
 def test_help_teaches_and_mistakes_are_told() -> None:
     text = agent_says("--help").stdout
     assert all(
