@@ -28,7 +28,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """So is one that applies no byte for this long while bytes are due, or stops in the middle of a
     frame."""
     hint_first_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.05
-    """How long the first read of memory waits for free-page hints."""
+    """How long the first read of memory waits for free-page hints; four times that, in all, for the rest of
+    an answer that spares most of what it has spoken of."""
     hint_window_s: _Seconds = 2.0
     """How long an answer to a request for hints counts."""
     guest_s: _Seconds = 2.0

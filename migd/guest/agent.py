@@ -396,7 +396,9 @@ class Guest:
             # twice as fast: the answer that a host waits for shall not be the first.
             next(answer(0, self.ram, self.flags))
         except OSError as error:
-            self.flags = None
+            if self.flags is not None:
+                self.flags.close()
+                self.flags = None
             self.verdict = Verdict(NONE, f"/proc/kpageflags: {_reason(error)}")
 
     def answer(self, epoch: int) -> Iterator[bytes]:

@@ -23,10 +23,6 @@ MAX_REJECTED = 1000
 
 _WEAK_ANSWER_BYTES = 200 * PAGE_BYTES
 
-_AHEAD_PAGES = 1 << 14
-"""64 MiB. An agent in a Linux guest answers from the lowest page on, 64 MiB in 10 ms even under emulation;
-memory is sent from the lowest page on as well, at a tenth of that."""
-
 _READ_BYTES = 1 << 14
 """At a time: zlib may inflate what arrives a thousandfold."""
 
@@ -48,12 +44,20 @@ class _Answer:
     sink: HintSink
     expires_s: float
     seen: PageBitmap
-    ahead: asyncio.Event = field(default_factory=asyncio.Event)
+    reach: int = 0
+    """Below which page it has spoken. Where an allocator answers in another order, only END tells."""
     ended: bool = False
+    advanced: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, free: PageBitmap) -> None:
+        self.seen |= free
+        self.reach = max(self.reach, free.stop())
+        self.advanced.set()
 
     def end(self) -> None:
         self.ended = True
-        self.ahead.set()
+        self.reach = self.seen.pages
+        self.advanced.set()
 
 
 class SocketHints:
@@ -117,14 +121,23 @@ class SocketHints:
         self._heard_bytes = 0
         self._tell(hints.Request(epoch))
 
-    async def ahead(self, epoch: int, timeout_s: float) -> None:
+    def reach(self, epoch: int) -> int:
+        """See ``migd.migration.ports.HintChannel``."""
+        answer = self._answer
+        if answer is None or answer.epoch != epoch or self._loop.time() > answer.expires_s:
+            return self._pages
+        return answer.reach
+
+    async def reached(self, epoch: int, page: int, timeout_s: float) -> None:
         """See ``migd.migration.ports.HintChannel``."""
         answer = self._answer
         if answer is None or answer.epoch != epoch:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await answer.ahead.wait()
+                while answer.reach < min(page, self._pages):
+                    answer.advanced.clear()
+                    await answer.advanced.wait()
 
     def answered(self, epoch: int) -> bool:
         """Whether the answer to ``epoch``, the last request, is complete."""
@@ -203,9 +216,7 @@ class SocketHints:
             if not free.isdisjoint(answer.seen):
                 self._refused += 1
                 return
-            answer.seen |= free
-            if answer.seen.stop() >= _AHEAD_PAGES:
-                answer.ahead.set()
+            answer.add(free)
         answer.sink(epoch, free)
 
     def _from_ranges(self, ranges: tuple[tuple[int, int], ...]) -> PageBitmap:

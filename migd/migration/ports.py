@@ -230,9 +230,11 @@ class HintChannel(Protocol):
 
     async def declare(self, timeout_s: float) -> FreeContract: ...
     async def request(self, epoch: int, sink: HintSink) -> None: ...
-    async def ahead(self, epoch: int, timeout_s: float) -> None:
-        """Returns when the answer is complete, or so far ahead of a reader that begins at the first page that
-        it need not wait; at the latest after ``timeout_s``."""
+    def reach(self, epoch: int) -> int:
+        """Below which page the answer has spoken, the lowest first; all of RAM if no more of it will come."""
+
+    async def reached(self, epoch: int, page: int, timeout_s: float) -> None:
+        """Returns when ``reach`` is ``page`` at least; at the latest after ``timeout_s``."""
 
     def answered(self, epoch: int) -> bool:
         """Whether the answer is complete."""

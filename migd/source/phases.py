@@ -328,7 +328,7 @@ class Phases:
 
         In between the destination catches up: what it has not placed by the pause it places in the pause.
         """
-        iteration = await self.precopy.iterate(live=live)
+        iteration = await self.precopy.iterate(live=live, pace=self._hinting.follow)
         self._hinting.check()
         await self._peer.drained()
         iteration.dirty_pages = await self.tracking.harvest()

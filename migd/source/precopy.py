@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
 
 from migd.ledger.ledger import Ledger, Tally
 from migd.migration.convergence import RecentRate
@@ -17,6 +21,9 @@ from migd.source.shipment import SHIPMENT_BATCHES, Shipment
 from migd.wire import messages
 from migd.wire.codec import CodecChoice
 from migd.wire.protocol import MAX_RUNS_PER_FRAME, RUN, FrameType
+
+Pace: TypeAlias = Callable[[int], Awaitable[int]]
+"""Below which page may be read now, asked with the lowest that is to send; 0 to be asked again at once."""
 
 
 class Precopy:
@@ -69,7 +76,7 @@ class Precopy:
         """What a stream may send between two turns."""
         return self._bandwidth.frame_bytes / len(self._links)
 
-    async def iterate(self, *, live: bool) -> Iteration:
+    async def iterate(self, *, live: bool, pace: Pace | None = None) -> Iteration:
         """Send everything the ledger has to send, then a barrier on every stream (R9)."""
         ledger = self._ledger
         number = len(self.iterations)
@@ -79,7 +86,7 @@ class Precopy:
         await self._send_free_records()
         async with asyncio.TaskGroup() as tasks:
             for link, batcher in zip(self._links, self._batchers, strict=True):
-                tasks.create_task(self._drain(link, batcher))
+                tasks.create_task(self._drain(link, batcher, pace))
         for link in self._links:
             await link.send(messages.Barrier(migration=self._migration, iteration=number))
         ledger.barrier()
@@ -102,10 +109,10 @@ class Precopy:
         """For one FREE record: in the worst case each page is a run."""
         return int(min(MAX_RUNS_PER_FRAME, max(1, self._allowance_bytes / RUN.size)))
 
-    async def _drain(self, link: Link, batcher: Batcher) -> None:
+    async def _drain(self, link: Link, batcher: Batcher, pace: Pace | None) -> None:
         """One stream: pick, read, send, until nothing is left to pick."""
         ledger = self._ledger
-        while pages := ledger.pick(self._shipment_pages()):
+        while pages := ledger.pick(await self._room_ahead(pace)):
             exposed = ledger.zero_records(pages)
             shipment = Shipment(pages.indices(), exposed, self._batch_pages, self._clock, self._digests)
             while not shipment.done:
@@ -113,6 +120,16 @@ class Precopy:
             zero = PageBitmap.of(ledger.pages, shipment.zero)
             ledger.zeroed(zero)
             ledger.sent_pages(pages - zero)
+
+    async def _room_ahead(self, pace: Pace | None) -> int:
+        """How many pages a stream may pick now; at least one."""
+        while True:
+            pages = self._shipment_pages()
+            if pace is None or not len(next := self._ledger.to_send.lowest(pages).indices()):
+                return pages
+            stop = await pace(int(next[0]))
+            if fit := int(np.searchsorted(next, stop)):
+                return fit if fit < len(next) else pages
 
     def _shipment_pages(self) -> int:
         """Several batches, but only a fair share of what is left: the streams shall end together."""

@@ -539,6 +539,8 @@ def test_flags_that_open_and_cannot_be_read_are_not_declared(monkeypatch: pytest
     monkeypatch.undo()
     guest.look()
     assert guest.verdict == agent.judge_this_kernel()
+    assert guest.flags is not None
+    guest.flags.close()
 
 
 def test_help_teaches_and_mistakes_are_told() -> None:

@@ -287,6 +287,30 @@ async def test_hints_arrive_as_they_come_and_the_answer_is_complete_with_its_end
         assert not await complete(guest.channel, 7, 10)
 
 
+async def test_an_answer_reaches_as_far_as_it_has_spoken() -> None:
+    async with hinting() as guest:
+        channel = guest.channel
+        assert channel.reach(7) == PAGES, "nothing was asked for"
+        await guest.request()
+        assert (channel.reach(7), channel.reach(6)) == (0, PAGES)
+        await channel.reached(7, 1, 0.01)
+        await channel.reached(6, 1, 10)
+        await guest.say(ranges((8192, 12288)), ranges((0, 4096)))
+        assert channel.reach(7) == 3
+        await channel.reached(7, 3, 10)
+        waiting = asyncio.ensure_future(channel.reached(7, PAGES + 1, 10))
+        await guest.say(Bitmap(7, 64 * 4096, 3, b"\x05"))
+        assert channel.reach(7) == 67
+        assert not waiting.done()
+        await guest.say(End(7, 4))
+        await waiting
+        assert channel.reach(7) == PAGES
+        await guest.request(8)
+        assert (channel.reach(7), channel.reach(8)) == (PAGES, 0)
+        await channel.done()
+        assert channel.reach(8) == PAGES
+
+
 # -- at the wrong time --------------------------------------------------------------------------------------
 
 

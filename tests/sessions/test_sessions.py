@@ -23,7 +23,15 @@ from migd.ram.bitmap import PageBitmap
 from migd.ram.block import PAGE_BYTES
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Compression, SourceOptions, Verify
-from tests.support.scripted_guest import MIGRATION, PAGES, ArrivedGuest, Joined, ScriptedGuest, joined
+from tests.support.scripted_guest import (
+    MIGRATION,
+    PAGES,
+    ArrivedGuest,
+    Joined,
+    ScriptedGuest,
+    ScriptedHints,
+    joined,
+)
 
 S, D = SourceState, DestinationState
 
@@ -123,6 +131,66 @@ async def test_the_destination_lags_behind_no_more_when_the_guest_is_paused(tmp_
         sides.at_source.at[S.PAUSING] = lambda: applied.append(sides.arrival.placed_bytes)
         await sides.migrate(SourceOptions(policy=RELENTLESS))
         assert applied == [303 * PAGE_BYTES]
+
+
+class AnswerInParts(ScriptedHints):
+    """The second part of each answer comes once it is waited for, or not at all."""
+
+    def __init__(self, guest: ScriptedGuest, border: int, *, goes_on: bool) -> None:
+        super().__init__(FreeContract.ZERO)
+        self._guest = guest
+        self._border = border
+        self._goes_on = goes_on
+        self._reach = 0
+        self._sink: HintSink | None = None
+        self.waits = 0
+
+    async def request(self, epoch: int, sink: HintSink) -> None:
+        self.epochs.append(epoch)
+        self._sink = sink
+        self._say(epoch, 0, self._border)
+
+    def _say(self, epoch: int, start: int, stop: int) -> None:
+        assert self._sink is not None
+        part = PageBitmap(PAGES)
+        part.add_run(start, stop)
+        self._sink(epoch, self._guest.free_pages & part)
+        self._reach = stop
+
+    def reach(self, epoch: int) -> int:
+        return self._reach
+
+    async def reached(self, epoch: int, page: int, timeout_s: float) -> None:
+        if page > PAGES:  # is it far ahead?
+            return
+        self.waits += 1
+        if self._goes_on:
+            self._say(epoch, self._reach, PAGES)
+        else:
+            await asyncio.sleep(timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("freed", "goes_on", "waits", "skipped"),
+    [
+        (400, True, 1, 400),
+        (400, False, 1, 200),
+        (99, True, 0, 99),  # most of what it has spoken of is in use: the rest is not waited for
+    ],
+    ids=["goes on", "stops", "little is free"],
+)
+async def test_memory_is_not_read_ahead_of_an_answer_that_spares_most_of_it(
+    tmp_path: Path, freed: int, goes_on: bool, waits: int, skipped: int
+) -> None:
+    guest = ScriptedGuest(owned=PAGES)
+    guest.free(*range(freed))
+    guest.hints = channel = AnswerInParts(guest, 200, goes_on=goes_on)
+    async with joined(guest, tmp_path, Limits(hint_first_s=0.02)) as sides:
+        result = await sides.migrate(SourceOptions(streams=1))
+        assert_moved(sides)
+        assert (result.wrong_pages, result.hints) == (0, "used")
+        assert (channel.waits, result.skipped_free_pages) == (waits, skipped)
+        assert result.sent_pages == PAGES - skipped
 
 
 async def test_without_hints_what_was_never_touched_stays_behind(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from migd.destination.loader import Loader
 from migd.errors import GuestError, OutcomeUnknown
 from migd.guest.hint_receiver import SocketHints
 from migd.ledger.ledger import Ledger
+from migd.limits import Limits
 from migd.migration.decision import Paused
 from migd.migration.journal import Mark, Record
 from migd.ram.bitmap import PageBitmap
@@ -69,9 +70,10 @@ class WrongVersion:
             dataclasses.replace(temper, can_arm=True, steps=400, hints=Manners(slow=0.5), smuggles=False)
             for temper in plan.tempers
         )
+        limits = Limits(hint_first_s=0.01)  # answers that are waited for come before a harvest
         contracts = tuple(contract or FreeContract.ANYTHING for contract in plan.contracts)
         return dataclasses.replace(
-            plan, options=options, tempers=tempers, contracts=contracts, faults=self.faults
+            plan, options=options, tempers=tempers, contracts=contracts, faults=self.faults, limits=limits
         )
 
     @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 from migd.config import Config, DaemonConfig, MigrationConfig
 from migd.control.commands import Migrate
+from migd.limits import Limits
 from migd.ram.contract import FreeContract
 from tests.simulation.faults import Fault, Faults, draw_faults
 from tests.simulation.guest import GuestProcess, Temper
@@ -47,6 +48,7 @@ class Plan:
     bandwidth: int
     nature: Nature
     faults: tuple[Fault, ...]
+    limits: Limits = field(default_factory=Limits)
 
     def __str__(self) -> str:
         guests = ", ".join(
@@ -134,7 +136,9 @@ class Play:
     def __init__(self, world: World, plan: Plan) -> None:
         self._world = world
         self._plan = plan
-        config = Config(daemon=DaemonConfig(max_bandwidth=plan.bandwidth), migration=plan.options)
+        config = Config(
+            daemon=DaemonConfig(max_bandwidth=plan.bandwidth), migration=plan.options, limits=plan.limits
+        )
         world.network.natures = lambda: plan.nature
         self.hosts = (world.add_host("A", config), world.add_host("B", config))
 

@@ -19,7 +19,7 @@ _SEEDS = 250
 _RARE = {"out waiting", "out unknown", "in failed"}
 """One seed in fifty or so has these states."""
 _REPEATED = (3, 17, 41)
-_MUTANT_SEEDS = 150
+_MUTANT_SEEDS = 300
 _REPOSITORY = Path(__file__).parents[2]
 
 

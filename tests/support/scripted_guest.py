@@ -72,8 +72,11 @@ class ScriptedHints:
         self.epochs.append(epoch)
         self.on_request(epoch, sink)
 
-    async def ahead(self, epoch: int, timeout_s: float) -> None:
+    def reach(self, epoch: int) -> int:
         """The script has answered within the request."""
+        return PAGES
+
+    async def reached(self, epoch: int, page: int, timeout_s: float) -> None: ...
 
     def answered(self, epoch: int) -> bool:
         return bool(epoch)
