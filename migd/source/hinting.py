@@ -14,11 +14,11 @@ _AHEAD_PAGES = 1 << 14
 memory is sent from the lowest page on as well, at a fifth of that."""
 
 _FOLLOWED = 4
-"""A guest of which most is free is sent faster than it answers: that is waited for, in all, so many times as
+"""A guest of which most is free is sent faster than it answers: it is waited for, in all, so many times as
 long as for the beginning."""
 
 _FOLLOWED_SHARE = 2
-"""If it has called one page free in so many."""
+"""As long as it calls more than one page free in so many."""
 
 
 class Hinting:
@@ -111,10 +111,12 @@ class Hinting:
             return self._ledger.pages
         async with self._following:  # streams wait together, not one after the other
             reach = self._channel.reach(self._epoch)
+            if page < reach:
+                return reach
             spared = self._ledger.tally.hints_applied - self._applied_before
             left_s = _FOLLOWED * self._attempt.limits.hint_first_s - self._followed_s
-            if page < reach or spared * _FOLLOWED_SHARE < reach or left_s <= 0:
-                return reach if page < reach else self._ledger.pages
+            if spared * _FOLLOWED_SHARE <= reach or left_s <= 0:
+                return self._ledger.pages
             began = self._attempt.clock.now()
             await self._channel.reached(self._epoch, page + 1, left_s)
             waited_s = self._attempt.clock.now() - began

@@ -193,6 +193,16 @@ async def test_memory_is_not_read_ahead_of_an_answer_that_spares_most_of_it(
         assert result.sent_pages == PAGES - skipped
 
 
+async def test_an_answer_that_has_not_begun_is_waited_for_no_longer(tmp_path: Path) -> None:
+    guest = ScriptedGuest(owned=PAGES)
+    guest.free(*range(400))
+    guest.hints = channel = AnswerInParts(guest, 0, goes_on=False)
+    async with joined(guest, tmp_path) as sides:
+        result = await sides.migrate(SourceOptions(streams=1))
+        assert_moved(sides)
+        assert (channel.waits, result.sent_pages) == (0, PAGES)
+
+
 async def test_without_hints_what_was_never_touched_stays_behind(tmp_path: Path) -> None:
     guest = ScriptedGuest()
     guest.clear(250)
