@@ -115,16 +115,16 @@ class Family:
             for child in self._children:
                 child.poll()
 
-    def _members(self) -> Iterator[Process]:
-        for child in self._children:
-            if child.poll() is None:  # one that is about to end has no environment left to be known by
-                yield Process(child.pid)
+    def _members(self) -> Iterable[Process]:
+        # A child that is about to end has no environment left to be known by.
+        found = {child.pid: Process(child.pid) for child in self._children if child.poll() is None}
         mark = f"{_MARK}={self._token}".encode()
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 with contextlib.suppress(OSError):  # not ours, or ended meanwhile
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        yield Process(int(entry.name))
+                        found[int(entry.name)] = Process(int(entry.name))
+        return found.values()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import math
 
 from migd.migration.convergence import Standing, hints_pay
+from migd.migration.ports import HintChannel
 from migd.ram.contract import FreeContract
 from migd.source.attempt import Attempt
 
@@ -96,11 +97,8 @@ class Hinting:
         """Wait for it, not longer than ``patience_s`` nor than ``hint_first_s`` since the request (G6)."""
         if self._channel is None or self._asked_s is None:
             return
-        began = self._attempt.clock.now()
-        left_s = self._asked_s + self._attempt.limits.hint_first_s - began
-        await self._channel.reached(self._epoch, _AHEAD_PAGES, min(patience_s, max(0.0, left_s)))
-        self._waited_s += self._attempt.clock.now() - began
-        self.check()
+        left_s = self._asked_s + self._attempt.limits.hint_first_s - self._attempt.clock.now()
+        await self._wait(self._channel, _AHEAD_PAGES, min(patience_s, max(0.0, left_s)))
 
     async def follow(self, page: int) -> int:
         """Below which page a stream may read that has this one next; 0 after a wait: that may be another now.
@@ -117,13 +115,17 @@ class Hinting:
             left_s = _FOLLOWED * self._attempt.limits.hint_first_s - self._followed_s
             if spared * _FOLLOWED_SHARE <= reach or left_s <= 0:
                 return self._ledger.pages
-            began = self._attempt.clock.now()
-            await self._channel.reached(self._epoch, page + 1, left_s)
-            waited_s = self._attempt.clock.now() - began
-            self._followed_s += waited_s
-            self._waited_s += waited_s
-            self.check()
+            self._followed_s += await self._wait(self._channel, page + 1, left_s)
             return 0 if page < self._channel.reach(self._epoch) else self._ledger.pages
+
+    async def _wait(self, channel: HintChannel, page: int, patience_s: float) -> float:
+        """Until the answer has reached the page; how long that took."""
+        began = self._attempt.clock.now()
+        await channel.reached(self._epoch, page, patience_s)
+        waited_s = self._attempt.clock.now() - began
+        self._waited_s += waited_s
+        self.check()
+        return waited_s
 
     def check(self) -> None:
         """R7: a channel that broke its protocol too often spares nothing."""

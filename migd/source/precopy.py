@@ -125,11 +125,11 @@ class Precopy:
         """How many pages a stream may pick now; at least one."""
         while True:
             pages = self._shipment_pages()
-            if pace is None or not len(next := self._ledger.to_send.lowest(pages).indices()):
+            if pace is None or not len(coming := self._ledger.to_send.lowest(pages).indices()):
                 return pages
-            stop = await pace(int(next[0]))
-            if fit := int(np.searchsorted(next, stop)):
-                return fit if fit < len(next) else pages
+            stop = await pace(int(coming[0]))
+            if fit := int(np.searchsorted(coming, stop)):
+                return fit
 
     def _shipment_pages(self) -> int:
         """Several batches, but only a fair share of what is left: the streams shall end together."""
